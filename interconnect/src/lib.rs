@@ -1,0 +1,3 @@
+//! The private QUIC interconnect of a host pair.
+
+pub mod ids;

@@ -1,0 +1,1 @@
+//! HTTP+JSON on a unix socket: the one way to ask a daemon anything.

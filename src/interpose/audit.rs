@@ -1,0 +1,1 @@
+//! Digests over all of a VM's memory or disk, kept incrementally.

@@ -1,0 +1,1 @@
+//! The consistent cut: stop, capture, save, resume; and its inverse, promotion.

@@ -1,0 +1,1 @@
+//! NBD server, write overlay, raw images.

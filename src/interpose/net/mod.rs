@@ -1,0 +1,1 @@
+//! Egress gate, tap, RARP, ingress log.

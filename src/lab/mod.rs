@@ -1,0 +1,1 @@
+//! Hosts on one machine: network and pid namespaces.

@@ -1,0 +1,18 @@
+//! pollux keeps a virtual machine running when its host dies.
+//!
+//! Every folder is one room with one owner and one job; docs/ARCHITECTURE.md
+//! draws them. State flows one way: guest -> [`interpose`] -> [`mirror`] ->
+//! `interconnect` -> standby. [`mirror`], [`pool`] and the codecs are pure: no
+//! clock, no thread, no file, no socket.
+
+pub mod api;
+pub mod cli;
+pub mod daemon;
+pub mod drill;
+pub mod interpose;
+pub mod lab;
+pub mod mirror;
+pub mod pool;
+pub mod registry;
+pub mod sim;
+pub mod vm;

@@ -1,0 +1,1 @@
+//! Pure state machines of the two sides of a mirrored VM.

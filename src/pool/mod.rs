@@ -1,0 +1,7 @@
+//! What the pool is: hosts, VMs, protection; validation. Pure.
+
+pub mod host;
+pub mod spec;
+
+pub use host::HostName;
+pub use interconnect::ids::{Epoch, Generation, VmId};

@@ -1,0 +1,1 @@
+//! The VM spec: TOML in, precise errors out.

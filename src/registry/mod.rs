@@ -1,0 +1,1 @@
+//! The one linearizable store of the pool: versioned keys, compare-and-set.

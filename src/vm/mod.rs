@@ -1,0 +1,1 @@
+//! QEMU: spec to command line, process, QMP.
