@@ -1,1 +1,13 @@
 //! HTTP+JSON on a unix socket: the one way to ask a daemon anything.
+//!
+//! [`types`] is what crosses it, [`server`] answers, [`client`] asks.
+
+pub mod client;
+pub mod server;
+pub mod types;
+
+/// Where a daemon listens unless its configuration says otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/pollux/api.sock";
+
+/// Longest request or response body, in bytes: a status of a full host is far below.
+pub const BODY_BYTES_MAX: usize = 8 << 20;

@@ -1,0 +1,166 @@
+//! Answers the API: a thin layer over [`Host`].
+//!
+//! Handlers decide nothing; they parse, call, and turn refusals into HTTP: 400 for a
+//! request that cannot be understood, 409 for one that cannot be done now.
+
+use super::BODY_BYTES_MAX;
+use super::types::{ApiError, CreateVm, Done, HostInfo, HostStatus, LinkConfig, Protect, VmStatus};
+use crate::daemon::{Host, VmCommand};
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::de::DeserializeOwned;
+use std::sync::Arc;
+
+/// What a handler answers.
+type Answer<T> = Result<Json<T>, Refusal>;
+
+/// A refusal with its HTTP status.
+struct Refusal(StatusCode, ApiError);
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.0, Json(self.1)).into_response()
+    }
+}
+
+impl From<ApiError> for Refusal {
+    fn from(error: ApiError) -> Self {
+        Self(StatusCode::CONFLICT, error)
+    }
+}
+
+/// A JSON body whose rejection is an [`ApiError`].
+struct Body<T>(T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+    type Rejection = Refusal;
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        match Json::<T>::from_request(request, state).await {
+            Ok(Json(value)) => Ok(Self(value)),
+            Err(rejection) => Err(refuse(&rejection)),
+        }
+    }
+}
+
+fn refuse(rejection: &JsonRejection) -> Refusal {
+    Refusal(
+        StatusCode::BAD_REQUEST,
+        ApiError { error: format!("the request's body is not understood: {}", rejection.body_text()) },
+    )
+}
+
+/// All routes, version 1.
+pub fn router(host: Arc<Host>) -> Router {
+    Router::new()
+        .route("/v1/host", get(host_info))
+        .route("/v1/status", get(status))
+        .route("/v1/links", get(links).post(link_create))
+        .route("/v1/links/{partner}", axum::routing::delete(link_remove))
+        .route("/v1/vms", get(vms).post(vm_create))
+        .route("/v1/vms/{name}", get(vm).delete(vm_delete))
+        .route("/v1/vms/{name}/spec", get(vm_spec))
+        .route("/v1/vms/{name}/start", post(vm_start))
+        .route("/v1/vms/{name}/protect", post(vm_protect))
+        .route("/v1/vms/{name}/{command}", post(vm_command))
+        .fallback(no_such_path)
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(host)
+}
+
+async fn no_such_path(request: Request) -> Refusal {
+    Refusal(
+        StatusCode::NOT_FOUND,
+        ApiError { error: format!("the API has no {} {}", request.method(), request.uri().path()) },
+    )
+}
+
+/// Run `work` where it may block.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Answer<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => Ok(Json(result?)),
+        Err(e) => Err(Refusal(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            ApiError { error: format!("the daemon failed on this request: {e}; see its log") },
+        )),
+    }
+}
+
+async fn host_info(State(host): State<Arc<Host>>) -> Json<HostInfo> {
+    Json(host.info())
+}
+
+async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {
+    Json(host.status())
+}
+
+async fn links(State(host): State<Arc<Host>>) -> Json<Vec<LinkConfig>> {
+    Json(host.links())
+}
+
+async fn link_create(State(host): State<Arc<Host>>, Body(link): Body<LinkConfig>) -> Answer<Done> {
+    blocking(move || host.link_create(link)).await
+}
+
+async fn link_remove(State(host): State<Arc<Host>>, Path(partner): Path<String>) -> Answer<Done> {
+    blocking(move || host.link_remove(&partner)).await
+}
+
+async fn vms(State(host): State<Arc<Host>>) -> Json<Vec<VmStatus>> {
+    Json(host.status().vms)
+}
+
+async fn vm_create(State(host): State<Arc<Host>>, Body(create): Body<CreateVm>) -> Answer<Done> {
+    blocking(move || host.vm_create(&create.spec, &create.origin)).await
+}
+
+async fn vm(State(host): State<Arc<Host>>, Path(name): Path<String>) -> Answer<VmStatus> {
+    Ok(Json(host.vm_status(&name)?))
+}
+
+async fn vm_spec(State(host): State<Arc<Host>>, Path(name): Path<String>) -> Answer<String> {
+    Ok(Json(host.vm_spec(&name)?))
+}
+
+async fn vm_delete(State(host): State<Arc<Host>>, Path(name): Path<String>) -> Answer<Done> {
+    blocking(move || host.vm_delete(&name)).await
+}
+
+async fn vm_start(State(host): State<Arc<Host>>, Path(name): Path<String>) -> Answer<Done> {
+    blocking(move || host.vm_start(&name)).await
+}
+
+async fn vm_protect(
+    State(host): State<Arc<Host>>,
+    Path(name): Path<String>,
+    Body(protect): Body<Protect>,
+) -> Answer<Done> {
+    blocking(move || host.vm_protect(&name, protect.partner)).await
+}
+
+async fn vm_command(
+    State(host): State<Arc<Host>>,
+    Path((name, command)): Path<(String, String)>,
+) -> Answer<Done> {
+    let command = match command.as_str() {
+        "stop" => VmCommand::Stop,
+        "unprotect" => VmCommand::Unprotect,
+        "switchover" => VmCommand::Switchover,
+        _ => {
+            return Err(Refusal(
+                StatusCode::NOT_FOUND,
+                ApiError {
+                    error: format!(
+                        "a VM has no command `{command}`; there are start, stop, protect, unprotect, switchover"
+                    ),
+                },
+            ));
+        }
+    };
+    blocking(move || host.vm_command(&name, command)).await
+}

@@ -1,0 +1,253 @@
+//! The host's configuration file: one TOML file, read once at start.
+
+use crate::pool::HostName;
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+/// What one host's daemon is told. Every path may be absolute or relative to the
+/// folder of the configuration file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostConfig {
+    /// This host's name in the pool.
+    pub name: HostName,
+    /// Survives a reboot: identity, links, VM specs and, in `images`, disk images.
+    #[serde(default = "default_state_dir")]
+    pub state_dir: PathBuf,
+    /// Sockets and logs of running VMs; may vanish with a reboot.
+    #[serde(default = "default_run_dir")]
+    pub run_dir: PathBuf,
+    /// A tmpfs: guest RAM and device state live here.
+    #[serde(default = "default_ram_dir")]
+    pub ram_dir: PathBuf,
+    /// The API's unix socket.
+    #[serde(default = "default_api_socket")]
+    pub api_socket: PathBuf,
+    /// A folder on storage that all hosts of the pool reach: the registry's file.
+    pub registry_dir: PathBuf,
+    /// The QEMU binary: a path, or a name looked up in PATH.
+    #[serde(default = "default_qemu")]
+    pub qemu: String,
+    /// The unprivileged user id QEMU runs as.
+    #[serde(default = "default_unprivileged")]
+    pub qemu_uid: u32,
+    /// The unprivileged group id QEMU runs as.
+    #[serde(default = "default_unprivileged")]
+    pub qemu_gid: u32,
+    /// How long a partner may be silent before it counts as lost, in milliseconds.
+    #[serde(default = "default_detection_ms")]
+    pub detection_ms: u64,
+    /// Heartbeat period, in milliseconds.
+    #[serde(default = "default_heartbeat_ms")]
+    pub heartbeat_ms: u64,
+}
+
+/// A partner host, as `pollux link create` pinned it; one file in `state_dir/links`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkConfig {
+    /// The partner's name.
+    pub partner: HostName,
+    /// The partner's fingerprint, `sha256:` and 64 hex digits.
+    pub fingerprint: String,
+    /// The physical links, best first.
+    pub links: Vec<LinkAddrs>,
+}
+
+/// The two ends of one physical link. Heartbeats use the port above each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkAddrs {
+    /// Address and UDP port on this host.
+    pub local: SocketAddr,
+    /// Address and UDP port on the partner.
+    pub peer: SocketAddr,
+}
+
+impl LinkAddrs {
+    /// The same link as the partner writes it.
+    #[must_use]
+    pub const fn mirrored(self) -> Self {
+        Self { local: self.peer, peer: self.local }
+    }
+
+    /// The heartbeat sockets' addresses: one port above the link's.
+    #[must_use]
+    pub fn heartbeat(self) -> Self {
+        let up = |a: SocketAddr| SocketAddr::new(a.ip(), a.port().wrapping_add(1));
+        Self { local: up(self.local), peer: up(self.peer) }
+    }
+}
+
+/// The user and group `nobody`/`nogroup` of Debian.
+const UNPRIVILEGED_ID: u32 = 65_534;
+
+fn default_state_dir() -> PathBuf {
+    "/var/lib/pollux".into()
+}
+fn default_run_dir() -> PathBuf {
+    "/run/pollux".into()
+}
+fn default_ram_dir() -> PathBuf {
+    "/dev/shm/pollux".into()
+}
+fn default_api_socket() -> PathBuf {
+    crate::api::DEFAULT_SOCKET.into()
+}
+fn default_qemu() -> String {
+    "qemu-system-x86_64".into()
+}
+const fn default_unprivileged() -> u32 {
+    UNPRIVILEGED_ID
+}
+const fn default_detection_ms() -> u64 {
+    100
+}
+const fn default_heartbeat_ms() -> u64 {
+    10
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the host configuration {path}: {source}; pass another with --config")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not a host configuration.
+    #[error("{path}: {message}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where in it, and what is wrong.
+        message: String,
+    },
+    /// A value that cannot work.
+    #[error("{path}: {key} = {value}: {reason}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// Which key.
+        key: &'static str,
+        /// What it was set to.
+        value: String,
+        /// Why that cannot be.
+        reason: &'static str,
+    },
+}
+
+impl HostConfig {
+    /// Read and check the file at `path`.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with the file, the key and what to do.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let mut config: Self = toml::from_str(&text).map_err(|e| ConfigError::Parse {
+            path: path.into(),
+            message: explain_toml(&text, &e),
+        })?;
+        let folder = path.parent().unwrap_or(Path::new(".")).to_path_buf();
+        for p in [
+            &mut config.state_dir,
+            &mut config.run_dir,
+            &mut config.ram_dir,
+            &mut config.api_socket,
+            &mut config.registry_dir,
+        ] {
+            if p.is_relative() {
+                *p = folder.join(&*p);
+            }
+        }
+        config.check(path)?;
+        Ok(config)
+    }
+
+    fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        let bad = |key, value: String, reason| {
+            Err(ConfigError::Value { path: path.into(), key, value, reason })
+        };
+        if self.heartbeat_ms == 0 || self.heartbeat_ms > 1000 {
+            return bad("heartbeat_ms", self.heartbeat_ms.to_string(), "must be 1 to 1000");
+        }
+        if self.detection_ms < 3 * self.heartbeat_ms {
+            return bad(
+                "detection_ms",
+                self.detection_ms.to_string(),
+                "must be at least three heartbeats, or one lost datagram looks like a dead host",
+            );
+        }
+        if self.qemu_uid == 0 {
+            return bad("qemu_uid", "0".into(), "QEMU must not run as root; name an unprivileged user id");
+        }
+        Ok(())
+    }
+
+    /// Where this host's disk images live; relative disk paths of specs start here.
+    #[must_use]
+    pub fn images_dir(&self) -> PathBuf {
+        self.state_dir.join("images")
+    }
+}
+
+/// The keys a host configuration may have, for the nearest-key hint.
+const KEYS: [&str; 10] = [
+    "name",
+    "state_dir",
+    "run_dir",
+    "ram_dir",
+    "api_socket",
+    "registry_dir",
+    "qemu",
+    "qemu_uid",
+    "qemu_gid",
+    "detection_ms",
+];
+
+/// One line: line number, what is wrong and, for an unknown key, the nearest known one.
+fn explain_toml(text: &str, error: &toml::de::Error) -> String {
+    let line = error
+        .span()
+        .map_or(1, |s| text.get(..s.start).map_or(1, |t| t.matches('\n').count() + 1));
+    let message = error.message();
+    let hint = message
+        .strip_prefix("unknown field `")
+        .and_then(|rest| rest.split('`').next())
+        .and_then(|key| {
+            KEYS.iter().chain(["heartbeat_ms"].iter()).min_by_key(|k| strsim::damerau_levenshtein(k, key))
+        });
+    match hint {
+        Some(near) => {
+            let first = message.split(',').next().unwrap_or(message);
+            format!("line {line}: {first}; did you mean `{near}`?")
+        }
+        None => format!("line {line}: {message}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{HostConfig, explain_toml};
+
+    fn parse(text: &str) -> Result<HostConfig, String> {
+        toml::from_str(text).map_err(|e| explain_toml(text, &e))
+    }
+
+    #[test]
+    fn unknown_key_names_the_nearest() {
+        let e = parse("name = 'a'\nregistry_dir = 'r'\nstate_dri = 'x'\n").unwrap_err();
+        assert_eq!(e, "line 3: unknown field `state_dri`; did you mean `state_dir`?");
+    }
+
+    #[test]
+    fn defaults_fill_in() {
+        let c = parse("name = 'a'\nregistry_dir = 'r'\n").unwrap();
+        assert_eq!((c.detection_ms, c.heartbeat_ms, c.qemu_uid), (100, 10, 65_534));
+    }
+}

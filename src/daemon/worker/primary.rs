@@ -1,0 +1,676 @@
+//! The side that runs the VM: carries out what [`mirror::Primary`](crate::mirror::Primary) decides.
+
+use super::attempt::{Attempt, InFlight};
+use super::busy::BusyMeter;
+use super::cutting::Taking;
+use super::parts::{self, Parts};
+use super::publish::Shared;
+use super::sender::{EpochJob, SentEpoch};
+use super::{Env, VmCommand, WorkerConfig, WorkerEvent};
+use crate::api::types::Role;
+use crate::daemon::clock::{now, now_ns};
+use crate::daemon::control::ControlMsg;
+use crate::interpose::checkpoint::{Checkpointer, ClockStatus};
+use crate::interpose::net::NetMode;
+use crate::mirror::primary::{PrimaryEnd, PrimaryState};
+use crate::mirror::{
+    Alert, MAX_IN_FLIGHT, Micros, Policy, Primary, PrimaryAction, PrimaryConfig, PrimaryInput,
+    Ticket, VmRecord,
+};
+use crate::pool::{Epoch, Generation, HostName};
+use crate::registry::Versioned;
+use crate::vm::admission;
+use crate::vm::argv::Side;
+use crate::vm::qmp::Qmp;
+use interconnect::epoch::EpochMeta;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::Duration;
+
+/// First wait before mirroring is tried again after a failed attempt.
+const RETRY_MIN: Micros = Micros::from_millis(500);
+/// Longest wait between attempts.
+const RETRY_MAX: Micros = Micros::from_millis(15_000);
+/// Longest sleep of the loop: status stays younger than this.
+const SLEEP_MAX: Duration = Duration::from_millis(100);
+/// How often a busy mirrored VM's status is refreshed.
+const PUBLISH_EVERY: Micros = Micros::from_millis(25);
+/// How often what is expensive to know (resident memory) is looked up.
+const MEASURE_EVERY: Micros = Micros::from_millis(1000);
+
+/// A running VM and the machine that says what becomes of it.
+pub struct PrimarySide {
+    pub(super) env: Arc<Env>,
+    pub(super) config: WorkerConfig,
+    pub(super) shared: Arc<Shared>,
+    pub(super) inbox: Sender<WorkerEvent>,
+    machine: Primary,
+    checkpointer: Checkpointer,
+    pub(super) control: Qmp,
+    pub(super) attempt: Option<Attempt>,
+    busy: BusyMeter,
+    /// Whom the VM should be mirrored to.
+    wanted: Option<HostName>,
+    retry_at: Micros,
+    retry_wait: Micros,
+    published_at: Micros,
+    measured_at: Micros,
+    resident_bytes: Option<u64>,
+    resumed_ns: u64,
+    over: bool,
+    /// Last: QEMU goes when all who use it are gone.
+    pub(super) parts: Parts,
+}
+
+fn say<E: std::fmt::Display>(e: E) -> String {
+    e.to_string()
+}
+
+impl PrimarySide {
+    /// Start the VM from its boot.
+    ///
+    /// # Errors
+    /// What failed, on what, and what to do.
+    pub fn boot(
+        env: &Arc<Env>,
+        config: &WorkerConfig,
+        record: Versioned<VmRecord>,
+        shared: &Arc<Shared>,
+    ) -> Result<Self, String> {
+        let inbox = env.routes.inbox(config.spec.uuid).ok_or("the worker was ended")?;
+        let (parts, control) =
+            Parts::make(env, config, Side::Primary, record.value.generation, &inbox)?;
+        shared.event(format!("started, QEMU is process {}", parts.qemu.pid()));
+        Self::over(env, config, record, shared, inbox, parts, control, config.partner.clone())
+    }
+
+    /// Go on as the primary over `parts`, whose guest runs.
+    ///
+    /// # Errors
+    /// If QEMU does not answer.
+    #[allow(clippy::too_many_arguments)]
+    pub fn over(
+        env: &Arc<Env>,
+        config: &WorkerConfig,
+        record: Versioned<VmRecord>,
+        shared: &Arc<Shared>,
+        inbox: Sender<WorkerEvent>,
+        parts: Parts,
+        mut control: Qmp,
+        wanted: Option<HostName>,
+    ) -> Result<Self, String> {
+        let (monitors, options) = parts.cut_setup()?;
+        let checkpointer = Checkpointer::new(monitors, options).map_err(say)?;
+        let busy = BusyMeter::new(parts.qemu.pid(), parts::vcpu_threads(&mut control)?);
+        busy.prioritise();
+        let machine = Primary::new(
+            PrimaryConfig {
+                me: env.config.name.clone(),
+                timing: env.timing,
+                policy: policy(&config.spec.mirror),
+                max_in_flight: MAX_IN_FLIGHT,
+            },
+            record,
+            now(),
+        );
+        Ok(Self {
+            env: Arc::clone(env),
+            config: config.clone(),
+            shared: Arc::clone(shared),
+            inbox,
+            machine,
+            checkpointer,
+            control,
+            attempt: None,
+            busy,
+            wanted,
+            retry_at: now(),
+            retry_wait: RETRY_MIN,
+            published_at: Micros::ZERO,
+            measured_at: Micros::ZERO,
+            resident_bytes: None,
+            resumed_ns: now_ns(),
+            over: false,
+            parts,
+        })
+    }
+
+    /// Serve the inbox until the VM is no longer this side's.
+    pub fn run(mut self, inbox: &Receiver<WorkerEvent>) {
+        self.publish(true);
+        while !self.over {
+            let wake = self.machine.next_wakeup().map_or(SLEEP_MAX, |at| {
+                Duration::from_micros(at.since(now()).0).min(SLEEP_MAX)
+            });
+            match inbox.recv_timeout(wake) {
+                Ok(event) => {
+                    let state = self.machine.status().state;
+                    self.event(event);
+                    // Whatever waits is taken in before time is told to the machine.
+                    while !self.over
+                        && let Ok(event) = inbox.try_recv()
+                    {
+                        self.event(event);
+                    }
+                    self.note_change(state);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            let state = self.machine.status().state;
+            self.input(PrimaryInput::Tick);
+            self.retry();
+            self.note_change(state);
+            self.publish(false);
+        }
+        self.publish(true);
+    }
+
+    fn note_change(&mut self, before: PrimaryState) {
+        let status = self.machine.status();
+        if status.state != before {
+            self.shared.event(format!("{before:?} -> {:?}", status.state).to_lowercase());
+            if status.state == PrimaryState::Mirrored {
+                self.retry_wait = RETRY_MIN;
+            }
+            if status.state == PrimaryState::Solo {
+                self.retry_at = now() + self.retry_wait;
+                self.retry_wait = Micros((self.retry_wait.0 * 2).min(RETRY_MAX.0));
+            }
+            self.publish(true);
+        }
+    }
+
+    /// A VM that should be mirrored and is not is tried again while its partner is there.
+    fn retry(&mut self) {
+        let Some(partner) = self.wanted.clone() else { return };
+        if self.over || self.machine.status().state != PrimaryState::Solo || now() < self.retry_at {
+            return;
+        }
+        if self.env.peer(&partner).is_some_and(|p| p.interconnect.session().is_some()) {
+            self.retry_at = now() + self.retry_wait;
+            if let Err(reason) = self.admit() {
+                self.shared.event(format!("not mirrored: {reason}"));
+                self.shared.update(|s| s.warnings = vec![format!("not mirrored: {reason}")]);
+                self.retry_at = now() + RETRY_MAX;
+                return;
+            }
+            self.input(PrimaryInput::LinkUp);
+            self.input(PrimaryInput::PeerVerdict(crate::mirror::Verdict::Alive));
+            self.input(PrimaryInput::Protect { partner });
+        }
+    }
+
+    /// May this VM be checkpointed at all? Asked before the first save: with some devices
+    /// the save itself kills QEMU (QEMU.md section 4).
+    fn admit(&mut self) -> Result<(), String> {
+        admission::check_spec(&self.config.spec).map_err(say)?;
+        let control = &mut self.control;
+        admission::check_running(&mut |command: &str, args| {
+            control.execute(command, args).map_err(say)
+        })
+        .map_err(say)
+    }
+
+    /// True if `partner` is the one this attempt is about, or the wanted one before any.
+    fn concerns(&self, partner: &HostName) -> bool {
+        match &self.attempt {
+            Some(attempt) => attempt.peer.name == *partner,
+            None => self.machine.status().partner.as_ref() == Some(partner),
+        }
+    }
+
+    fn event(&mut self, event: WorkerEvent) {
+        match event {
+            WorkerEvent::Command(command, reply) => {
+                let _ = reply.send(self.command(command));
+            }
+            WorkerEvent::LinkUp(partner) => {
+                if self.wanted.as_ref() == Some(&partner) {
+                    self.retry_at = now();
+                }
+                if self.concerns(&partner) {
+                    self.input(PrimaryInput::LinkUp);
+                }
+            }
+            WorkerEvent::LinkDown(partner, reason) if self.concerns(&partner) => {
+                self.input(PrimaryInput::LinkDown { reason });
+            }
+            WorkerEvent::Verdict { partner, verdict, .. } if self.concerns(&partner) => {
+                self.input(PrimaryInput::PeerVerdict(verdict));
+            }
+            WorkerEvent::Stalled(for_) => {
+                let micros = u64::try_from(for_.as_micros()).unwrap_or(u64::MAX);
+                self.input(PrimaryInput::SelfStalled { for_: Micros(micros) });
+            }
+            WorkerEvent::Control { from, generation, message } => {
+                self.control_message(&from, generation, message);
+            }
+            WorkerEvent::Acked { generation, epoch } => self.acked(generation, epoch),
+            WorkerEvent::OutputWaiting => self.input(PrimaryInput::OutputWaiting),
+            WorkerEvent::Pressure(kind) => self.input(PrimaryInput::Pressure(kind)),
+            WorkerEvent::Claim { ticket, outcome, .. } => {
+                self.input(PrimaryInput::ClaimResult { ticket, outcome });
+            }
+            WorkerEvent::Sent(sent) => self.sent(sent),
+            WorkerEvent::Seeded(seeded) => {
+                if let Some(input) = self.seeded(*seeded) {
+                    self.input(input);
+                }
+            }
+            WorkerEvent::QemuExit { reason, clean } => {
+                self.shared.event(reason.clone());
+                self.input(if clean {
+                    PrimaryInput::GuestShutdown
+                } else {
+                    PrimaryInput::GuestDied { reason }
+                });
+            }
+            WorkerEvent::LinkDown(..)
+            | WorkerEvent::Verdict { .. }
+            | WorkerEvent::Lane { .. }
+            | WorkerEvent::Whole(_)
+            | WorkerEvent::Bad { .. }
+            | WorkerEvent::Blocks(_) => {}
+        }
+    }
+
+    fn command(&mut self, command: VmCommand) -> Result<(), String> {
+        let status = self.machine.status();
+        match command {
+            VmCommand::Protect(partner) => {
+                if status.state != PrimaryState::Solo {
+                    return match status.partner {
+                        Some(p) if p == partner => Ok(()),
+                        Some(p) => Err(format!(
+                            "it is mirrored to {p}; `pollux vm unprotect` it first to choose {partner}"
+                        )),
+                        None => Err(format!("it is {:?}; try again in a moment", status.state)),
+                    };
+                }
+                self.admit()?;
+                if self.env.peer(&partner).is_none() {
+                    return Err(format!(
+                        "no link to {partner} is known here; make one with `pollux link create`"
+                    ));
+                }
+                self.wanted = Some(partner);
+                self.retry_wait = RETRY_MIN;
+                self.retry_at = now();
+                self.retry();
+            }
+            VmCommand::Unprotect => {
+                self.wanted = None;
+                self.input(PrimaryInput::Unprotect);
+            }
+            VmCommand::Switchover => {
+                if status.state != PrimaryState::Mirrored {
+                    return Err(format!(
+                        "a switchover needs a mirrored VM; it is {:?}",
+                        status.state
+                    ));
+                }
+                self.input(PrimaryInput::Switchover);
+            }
+            VmCommand::Stop => {
+                self.wanted = None;
+                self.input(PrimaryInput::GuestShutdown);
+            }
+        }
+        Ok(())
+    }
+
+    fn control_message(&mut self, from: &HostName, generation: Generation, message: ControlMsg) {
+        let current = self.attempt.as_ref().is_some_and(|a| {
+            a.peer.name == *from && a.generation == generation
+        });
+        if !current {
+            return;
+        }
+        match message {
+            ControlMsg::Ready => self.input(PrimaryInput::StandbyReady),
+            ControlMsg::Refused { reason } => self.input(PrimaryInput::StandbyRefused { reason }),
+            ControlMsg::StandbyGone { reason } => self.input(PrimaryInput::StandbyGone { reason }),
+            other => tracing::warn!(%from, ?other, "not a message for a primary; dropped"),
+        }
+    }
+
+    fn acked(&mut self, generation: Generation, epoch: Epoch) {
+        if let Some(attempt) = &mut self.attempt
+            && attempt.generation == generation
+        {
+            let at = now_ns();
+            while let Some(done) = attempt.in_flight.pop_front_if(|e| e.epoch <= epoch) {
+                self.shared.epoch(done.sample(at));
+            }
+        }
+        self.input(PrimaryInput::Acked { generation, epoch });
+    }
+
+    fn sent(&mut self, sent: SentEpoch) {
+        let Some(attempt) = &mut self.attempt else { return };
+        if attempt.generation != sent.generation {
+            return;
+        }
+        attempt.spare.push(sent.staging);
+        let epoch = sent.epoch;
+        match sent.result {
+            Ok(bytes) => {
+                if let Some(e) = attempt.in_flight.iter_mut().find(|e| e.epoch == epoch) {
+                    e.wire_bytes = bytes;
+                }
+            }
+            Err(reason) => self.input(PrimaryInput::SendFailed { epoch, reason }),
+        }
+    }
+
+    /// Tell the machine, carry out what it says.
+    pub(super) fn input(&mut self, input: PrimaryInput) {
+        self.machine.handle(now(), input);
+        while let Some(action) = self.machine.poll_action() {
+            if let Some(answer) = self.carry_out(action) {
+                self.machine.handle(now(), answer);
+            }
+        }
+    }
+
+    fn carry_out(&mut self, action: PrimaryAction) -> Option<PrimaryInput> {
+        match action {
+            PrimaryAction::PrepareStandby { partner, generation } => {
+                return self.prepare_standby(&partner, generation);
+            }
+            PrimaryAction::BeginSeeding => return self.begin_seeding(),
+            PrimaryAction::EndSeeding { reason } => {
+                if let Some(attempt) = &self.attempt {
+                    attempt.give_up();
+                }
+                self.shared.event(format!("seeding ended: {reason}"));
+            }
+            PrimaryAction::Cut { epoch, stay_stopped } => return Some(self.cut(epoch, stay_stopped)),
+            PrimaryAction::Release { through, until } => return self.release(through, until),
+            PrimaryAction::ConfirmMirrored { generation, epoch } => {
+                self.say(generation, &ControlMsg::MirrorConfirmed { epoch: epoch.0 });
+            }
+            PrimaryAction::Claim { ticket, expected, value } => {
+                let reply = self.claim_reply(ticket);
+                self.env.claims.claim(self.config.spec.uuid, Some(expected), value, reply);
+            }
+            PrimaryAction::ReadRecord { ticket } => {
+                let reply = self.claim_reply(ticket);
+                self.env.claims.read(self.config.spec.uuid, reply);
+            }
+            PrimaryAction::HoldStill { reason } => {
+                self.shared.event(format!("the guest stands still: {reason}"));
+                if let Err(e) = self.checkpointer.stop() {
+                    tracing::error!("the guest cannot be held still: {e}");
+                }
+            }
+            PrimaryAction::Resume => {
+                self.shared.event("the guest goes on".into());
+                if let Err(e) = self.checkpointer.cont() {
+                    tracing::error!("the guest cannot go on: {e}");
+                }
+            }
+            PrimaryAction::GoSolo { generation } => self.go_solo(generation),
+            PrimaryAction::DismissStandby => {
+                if let Some(generation) = self.attempt.as_ref().map(|a| a.generation) {
+                    self.say(generation, &ControlMsg::Dismiss);
+                }
+            }
+            PrimaryAction::Handover { generation, epoch } => {
+                self.say(generation, &ControlMsg::Handover { epoch: epoch.0 });
+            }
+            PrimaryAction::TellGone { reason } => {
+                if let Some(generation) = self.attempt.as_ref().map(|a| a.generation) {
+                    self.say(generation, &ControlMsg::PrimaryGone { reason });
+                }
+            }
+            PrimaryAction::StandDown { why } => self.stand_down(&why),
+            PrimaryAction::Alert(alert) => self.alert(&alert),
+        }
+        None
+    }
+
+    fn say(&self, generation: Generation, message: &ControlMsg) {
+        if let Some(attempt) = &self.attempt {
+            attempt.peer.say(self.config.spec.uuid, generation, message);
+        }
+    }
+
+    fn claim_reply(&self, ticket: Ticket) -> super::super::claims::Reply {
+        let inbox = self.inbox.clone();
+        let asked_ns = now_ns();
+        Box::new(move |outcome| {
+            let _ = inbox.send(WorkerEvent::Claim { ticket, outcome, asked_ns });
+        })
+    }
+
+    fn cut(&mut self, epoch: Epoch, stay_stopped: bool) -> PrimaryInput {
+        let Some(attempt) = &mut self.attempt else {
+            return PrimaryInput::CutFailed { epoch, reason: "there is no attempt to mirror".into() };
+        };
+        let (Some(tracker), Some(mut staging)) = (&mut attempt.tracker, attempt.spare.pop()) else {
+            return PrimaryInput::CutFailed { epoch, reason: "no staging is free".into() };
+        };
+        let begun_ns = now_ns();
+        self.busy.sample(begun_ns);
+        for disk in &self.parts.disks {
+            disk.checkpoint_begins();
+        }
+        let mut taking = Taking {
+            epoch,
+            generation: attempt.generation,
+            ports: &self.parts.ports,
+            disks: &self.parts.disks,
+            tracker,
+            staging: &mut staging,
+            ingress: &self.parts.ingress,
+            writes: Vec::new(),
+            collected: Default::default(),
+        };
+        let result = if stay_stopped {
+            self.checkpointer.cut_and_stay(&mut taking)
+        } else {
+            self.checkpointer.cut(&mut taking)
+        };
+        let cut = match result {
+            Ok(cut) => cut,
+            Err(e) => {
+                taking.undo();
+                for disk in &self.parts.disks {
+                    disk.checkpoint_ends();
+                }
+                attempt.spare.push(staging);
+                return PrimaryInput::CutFailed { epoch, reason: e.to_string() };
+            }
+        };
+        let (writes, collected) = (taking.writes, taking.collected);
+        let resumed_ns = now_ns();
+        self.busy.paused(cut.timings.pause_us * 1000);
+        let mut base = Vec::new();
+        if epoch.0 == 1 {
+            base = std::mem::take(&mut attempt.base);
+            for (disk, ranges) in self.parts.disks.iter().zip(&mut base) {
+                ranges.extend(disk.take_dirty());
+                disk.end_dirty_tracking();
+            }
+        }
+        let pages = staging.len_pages();
+        let flush = writes.iter().any(|w| w.flushed);
+        let bytes: u64 = pages * 4096 + writes.iter().map(|w| w.bytes).sum::<u64>();
+        attempt.in_flight.push_back(InFlight {
+            epoch,
+            began_ns: self.resumed_ns,
+            resumed_ns,
+            timings: cut.timings,
+            capture_us: collected.wall_us,
+            pages,
+            wire_bytes: 0,
+        });
+        self.resumed_ns = resumed_ns;
+        let job = EpochJob {
+            epoch,
+            staging,
+            writes: writes.into_iter().map(|w| w.writes).collect(),
+            base,
+            device_state: cut.device_state,
+            meta: EpochMeta {
+                flush,
+                clock_ns: begun_ns,
+                guest_pages: self.config.spec.memory.get() / 4096,
+                audit: None,
+            },
+        };
+        if let Some(sender) = &attempt.sender
+            && let Err(job) = sender.send(job)
+        {
+            attempt.spare.push(job.staging);
+            tracing::warn!(%epoch, "the sender has ended; its reason came before");
+        }
+        let permille = self.busy.permille();
+        self.machine.handle(now(), PrimaryInput::GuestBusy { permille });
+        PrimaryInput::CutDone { epoch, pause: Micros(cut.timings.pause_us), bytes, pages }
+    }
+
+    /// Packets first, port by port, looking at the clock before each; then the overlays.
+    fn release(&mut self, through: Epoch, until: Micros) -> Option<PrimaryInput> {
+        for port in &self.parts.ports {
+            let late = now();
+            if late >= until {
+                return Some(PrimaryInput::SelfStalled { for_: late.since(until) });
+            }
+            port.release(through);
+        }
+        for disk in &self.parts.disks {
+            disk.commit(through);
+        }
+        None
+    }
+
+    fn go_solo(&mut self, generation: Generation) {
+        for port in &self.parts.ports {
+            if let Err(e) = port.set_mode(NetMode::Direct, generation) {
+                tracing::error!("a port cannot go direct: {e}");
+            }
+        }
+        for disk in &self.parts.disks {
+            disk.end_dirty_tracking();
+            if let Err(e) = disk.go_direct(generation) {
+                tracing::error!("a disk cannot go direct: {e}");
+            }
+        }
+        self.parts.ingress.close();
+        if let Some(attempt) = self.attempt.take() {
+            attempt.give_up();
+            self.shared.event(format!("runs unmirrored, generation {generation}"));
+        }
+        self.shared.update(|s| s.seeding = None);
+    }
+
+    fn stand_down(&mut self, why: &PrimaryEnd) {
+        let words = match why {
+            PrimaryEnd::Deposed { by } => format!("stands down: {by} runs the VM now"),
+            PrimaryEnd::HandedOver { to } => format!("handed over to {to}"),
+            PrimaryEnd::GuestGone => "stands down: the guest is gone".into(),
+        };
+        let generation = self.machine.status().generation;
+        for port in &self.parts.ports {
+            if let Err(e) = port.set_mode(NetMode::Stopped, generation) {
+                tracing::error!("a port cannot be stopped: {e}");
+            }
+        }
+        self.parts.qemu.kill();
+        for disk in &self.parts.disks {
+            let stopped = disk
+                .set_mode(crate::interpose::disk::Mode::Stopped, generation)
+                .and_then(|()| disk.discard_uncommitted())
+                .and_then(|_| disk.wait_written());
+            if let Err(e) = stopped {
+                tracing::error!("a disk cannot be stopped cleanly: {e}");
+            }
+        }
+        if let Some(attempt) = self.attempt.take() {
+            attempt.give_up();
+        }
+        self.shared.event(words);
+        self.over = true;
+    }
+
+    fn alert(&mut self, alert: &Alert) {
+        match alert {
+            Alert::Lagging { lag } => tracing::warn!("replication lag is {} ms", lag.0 / 1000),
+            Alert::NotMirrored { reason } => self.shared.event(format!("not mirrored: {reason}")),
+            Alert::Refused { what, reason } => self.shared.event(format!("{what} refused: {reason}")),
+            other => self.shared.event(format!("{other:?}")),
+        }
+    }
+
+    fn publish(&mut self, force: bool) {
+        let at = now();
+        if !force && at.since(self.published_at) < PUBLISH_EVERY {
+            return;
+        }
+        self.published_at = at;
+        if at.since(self.measured_at) >= MEASURE_EVERY {
+            self.measured_at = at;
+            self.resident_bytes = super::busy::resident_bytes(self.parts.qemu.pid());
+        }
+        let status = self.machine.status();
+        let warnings = self.warnings(&status);
+        self.shared.update(|s| {
+            s.role = Role::Primary;
+            s.state = format!("{:?}", status.state).to_lowercase();
+            s.mirrored = status.mirrored;
+            s.protection = if self.wanted.is_some() { "mirrored" } else { "none" }.into();
+            s.partner = status.partner.clone().or_else(|| self.wanted.clone());
+            s.generation = status.generation.0;
+            s.epoch = status.epoch.0;
+            s.committed = status.committed.0;
+            s.lag_us = status.lag.map(|l| l.0);
+            if status.state != PrimaryState::Seeding {
+                s.seeding = None;
+            }
+            s.warnings = warnings;
+            s.qemu_pid = i32::try_from(self.parts.qemu.pid()).ok();
+            s.resident_bytes = self.resident_bytes;
+            s.console = Some(self.parts.paths.console.display().to_string());
+            s.disks = self.parts.images.iter().map(|p| p.display().to_string()).collect();
+        });
+    }
+
+    fn warnings(&self, status: &crate::mirror::PrimaryStatus) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if self.wanted.is_some() && !status.mirrored {
+            let why = status.last_reason.as_deref().unwrap_or("not yet");
+            warnings.push(format!("should be mirrored and is not: {why}"));
+        }
+        if status.holding_still {
+            warnings.push("the guest stands still: the registry cannot be reached".into());
+        }
+        if let ClockStatus::Unrepaired { reason } = self.checkpointer.clock_status() {
+            warnings.push(format!("the guest's clock loses the time of every pause: {reason}"));
+        }
+        warnings
+    }
+}
+
+impl PrimarySide {
+    /// Stop the guest outside a cut.
+    pub(super) fn checkpointer_stop(&mut self) -> Result<(), String> {
+        self.checkpointer.stop().map_err(say)
+    }
+
+    /// Let it run again.
+    pub(super) fn checkpointer_cont(&mut self) -> Result<(), String> {
+        self.checkpointer.cont().map_err(say)
+    }
+}
+
+/// The operator's policy as the schedule takes it.
+fn policy(mirror: &crate::pool::spec::MirrorPolicy) -> Policy {
+    Policy {
+        interval_max: Micros::from_millis(u64::from(mirror.epoch_interval_max_ms)),
+        overhead_permille: u16::from(mirror.overhead_max_percent) * 10,
+        ..Policy::default()
+    }
+}
