@@ -1,6 +1,7 @@
 //! QEMU: spec to command line, process, QMP.
 //!
-//! What a host does to have a VM run: [`probe`] finds out what the host can,
+//! What a host does to have a VM run: [`probe`] finds out what the host can, [`room`]
+//! makes place for the VM,
 //! [`argv`] writes the command line (pure), [`process`] starts QEMU, watches it and
 //! ends it, [`qmp`] talks to it, [`admission`] refuses to mirror what cannot be.
 //!
@@ -9,6 +10,6 @@
 
 pub mod admission;
 pub mod argv;
-pub mod probe;
 pub mod process;
 pub mod qmp;
+pub mod room;

@@ -14,6 +14,7 @@ mod check;
 pub mod devices;
 mod emit;
 mod error;
+mod fields;
 mod read;
 #[cfg(test)]
 mod tests;

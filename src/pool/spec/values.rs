@@ -91,9 +91,7 @@ impl FromStr for SizeBytes {
             )
         };
         let text = text.trim();
-        let digits_end = text
-            .find(|c: char| !c.is_ascii_digit())
-            .ok_or_else(bad)?;
+        let digits_end = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
         let (digits, unit) = text.split_at(digits_end);
         let shift = match unit.trim_start() {
             "B" => 0,
@@ -187,7 +185,8 @@ impl MacAddr {
             ))
         } else if bytes == [0; 6] {
             Err(BadValue(
-                "all zero is no address; leave `mac` out to get one made from the VM's uuid".to_owned(),
+                "all zero is no address; leave `mac` out to get one made from the VM's uuid"
+                    .to_owned(),
             ))
         } else {
             Ok(Self(bytes))
@@ -215,8 +214,11 @@ impl MacAddr {
 impl FromStr for MacAddr {
     type Err = BadValue;
     fn from_str(text: &str) -> Result<Self, BadValue> {
-        let bad =
-            || BadValue("write six bytes in hex with ':' between, like \"52:54:00:12:34:56\"".to_owned());
+        let bad = || {
+            BadValue(
+                "write six bytes in hex with ':' between, like \"52:54:00:12:34:56\"".to_owned(),
+            )
+        };
         let mut bytes = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut bytes {
@@ -295,7 +297,11 @@ impl FromStr for Machine {
         if text == "auto" {
             return Ok(Self::Auto);
         }
-        for family in [MachineFamily::Microvm, MachineFamily::Q35, MachineFamily::Pc] {
+        for family in [
+            MachineFamily::Microvm,
+            MachineFamily::Q35,
+            MachineFamily::Pc,
+        ] {
             if text == family.alias() {
                 return Ok(Self::Family(family));
             }
@@ -323,7 +329,8 @@ impl FromStr for Machine {
 #[must_use]
 pub fn version_key(version: &str) -> Option<(u32, u32, u32)> {
     let mut parts = version.split('.').map(|part| {
-        let digits = !part.is_empty() && part.len() <= 4 && part.bytes().all(|b| b.is_ascii_digit());
+        let digits =
+            !part.is_empty() && part.len() <= 4 && part.bytes().all(|b| b.is_ascii_digit());
         digits.then(|| part.parse::<u32>().ok()).flatten()
     });
     let major = parts.next()??;
