@@ -1,1 +1,0 @@
-//! The VM spec: TOML in, precise errors out.

@@ -1,0 +1,543 @@
+//! The values a spec is made of: newtypes that hold only what is allowed.
+
+use crate::pool::HostName;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// A value that its type refuses: what is allowed, for the end of the sentence
+/// "... is not valid: ".
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct BadValue(pub String);
+
+/// Longest VM, disk or NIC name in bytes (RFC 1035, one label).
+pub const NAME_BYTES_MAX: usize = 63;
+
+/// Name of a VM: a DNS label (RFC 1035): 1 to 63 of `a-z 0-9 -`, starting and
+/// ending with a letter or a digit. Disks and NICs are named by the same rule,
+/// because their names become parts of socket paths.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VmName(String);
+
+/// Is `name` a DNS label?
+pub(super) fn is_label(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= NAME_BYTES_MAX
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+}
+
+/// What [`is_label`] allows, in words.
+pub(super) const LABEL_RULE: &str =
+    "use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'";
+
+impl VmName {
+    /// Check and wrap a name.
+    ///
+    /// # Errors
+    /// [`BadValue`] if it is not a DNS label.
+    pub fn new(name: &str) -> Result<Self, BadValue> {
+        if is_label(name) {
+            Ok(Self(name.to_owned()))
+        } else {
+            Err(BadValue(LABEL_RULE.to_owned()))
+        }
+    }
+
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for VmName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One MiB in bytes.
+pub(super) const MIB: u64 = 1 << 20;
+/// One GiB in bytes.
+pub(super) const GIB: u64 = 1 << 30;
+
+/// A size in bytes with its unit in text: `"4 GiB"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SizeBytes(pub u64);
+
+impl SizeBytes {
+    /// The number of bytes.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl FromStr for SizeBytes {
+    type Err = BadValue;
+
+    /// `"<number> <unit>"` with unit `B`, `KiB`, `MiB`, `GiB` or `TiB`.
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        let bad = || {
+            BadValue(
+                "write a whole number and a unit of B, KiB, MiB, GiB or TiB, like \"512 MiB\", \
+                 or an integer number of bytes"
+                    .to_owned(),
+            )
+        };
+        let text = text.trim();
+        let digits_end = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
+        let (digits, unit) = text.split_at(digits_end);
+        let shift = match unit.trim_start() {
+            "B" => 0,
+            "KiB" => 10,
+            "MiB" => 20,
+            "GiB" => 30,
+            "TiB" => 40,
+            _ => return Err(bad()),
+        };
+        let number: u64 = digits.parse().map_err(|_| bad())?;
+        number
+            .checked_mul(1 << shift)
+            .map(Self)
+            .ok_or_else(|| BadValue("it does not fit into 64 bits".to_owned()))
+    }
+}
+
+impl fmt::Display for SizeBytes {
+    /// The largest unit that divides the size.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
+            if self.0 != 0 && self.0.trailing_zeros() >= shift {
+                return write!(f, "{} {unit}", self.0 >> shift);
+            }
+        }
+        write!(f, "{} B", self.0)
+    }
+}
+
+/// Guest RAM in bytes: a multiple of 2 MiB within [`MEMORY_MIN`] and [`MEMORY_MAX`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MemoryBytes(u64);
+
+/// Guest RAM is counted in huge pages of x86-64, so that a host may back it with them.
+pub const MEMORY_STEP: u64 = 2 * MIB;
+/// Least guest RAM: below this no Linux kernel unpacks itself.
+pub const MEMORY_MIN: u64 = 32 * MIB;
+/// Most guest RAM. TCG's CPU models address 40 bits (1 TiB), less the holes for
+/// PCI; half of it always fits.
+pub const MEMORY_MAX: u64 = 512 * GIB;
+const _: () = assert!(MEMORY_MIN.is_multiple_of(MEMORY_STEP));
+const _: () = assert!(MEMORY_MAX.is_multiple_of(MEMORY_STEP));
+
+impl MemoryBytes {
+    /// Check and wrap a number of bytes.
+    ///
+    /// # Errors
+    /// [`BadValue`] if it is out of bounds or no multiple of 2 MiB.
+    pub fn new(bytes: u64) -> Result<Self, BadValue> {
+        if (MEMORY_MIN..=MEMORY_MAX).contains(&bytes) && bytes.is_multiple_of(MEMORY_STEP) {
+            Ok(Self(bytes))
+        } else {
+            Err(BadValue(format!(
+                "guest memory is a multiple of {}, from {} to {}",
+                SizeBytes(MEMORY_STEP),
+                SizeBytes(MEMORY_MIN),
+                SizeBytes(MEMORY_MAX)
+            )))
+        }
+    }
+
+    /// The number of bytes.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl fmt::Display for MemoryBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        SizeBytes(self.0).fmt(f)
+    }
+}
+
+/// A unicast MAC address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MacAddr([u8; 6]);
+
+impl MacAddr {
+    /// Check and wrap six bytes.
+    ///
+    /// # Errors
+    /// [`BadValue`] if it is all zero or the multicast bit is set (IEEE 802, bit 0
+    /// of the first byte).
+    pub fn new(bytes: [u8; 6]) -> Result<Self, BadValue> {
+        if bytes[0] & 1 != 0 {
+            Err(BadValue(
+                "its first byte is odd, which makes it a multicast address; a NIC needs a unicast \
+                 one, like \"52:54:00:12:34:56\""
+                    .to_owned(),
+            ))
+        } else if bytes == [0; 6] {
+            Err(BadValue(
+                "all zero is no address; leave `mac` out to get one made from the VM's uuid"
+                    .to_owned(),
+            ))
+        } else {
+            Ok(Self(bytes))
+        }
+    }
+
+    /// The address of a NIC whose spec names none: made from the VM's uuid and
+    /// the NIC's name, so that it is the same on every host. Locally
+    /// administered, in QEMU's usual `52:54` range.
+    #[must_use]
+    pub fn derived(uuid: [u8; 16], nic: &str) -> Self {
+        let mut seed = uuid.to_vec();
+        seed.extend_from_slice(nic.as_bytes());
+        let h = xxhash_rust::xxh3::xxh3_64(&seed).to_be_bytes();
+        Self([0x52, 0x54, h[0], h[1], h[2], h[3]])
+    }
+
+    /// The six bytes in the order they have on the wire.
+    #[must_use]
+    pub const fn bytes(self) -> [u8; 6] {
+        self.0
+    }
+}
+
+impl FromStr for MacAddr {
+    type Err = BadValue;
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        let bad = || {
+            BadValue(
+                "write six bytes in hex with ':' between, like \"52:54:00:12:34:56\"".to_owned(),
+            )
+        };
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().ok_or_else(bad)?;
+            if part.len() != 2 || !part.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(bad());
+            }
+            *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
+        }
+        if parts.next().is_some() {
+            return Err(bad());
+        }
+        Self::new(bytes)
+    }
+}
+
+impl fmt::Display for MacAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// The kinds of machine pollux knows how to mirror (QEMU.md section 4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MachineFamily {
+    /// No PCI, no legacy devices; direct kernel boot only.
+    Microvm,
+    /// ICH9 with PCI Express.
+    Q35,
+    /// i440FX with PCI.
+    Pc,
+}
+
+impl MachineFamily {
+    /// The alias QEMU knows the family's newest type by.
+    #[must_use]
+    pub const fn alias(self) -> &'static str {
+        match self {
+            Self::Microvm => "microvm",
+            Self::Q35 => "q35",
+            Self::Pc => "pc",
+        }
+    }
+
+    /// What a versioned type of the family starts with; a microvm has no versions.
+    #[must_use]
+    pub const fn version_prefix(self) -> Option<&'static str> {
+        match self {
+            Self::Microvm => None,
+            Self::Q35 => Some("pc-q35-"),
+            Self::Pc => Some("pc-i440fx-"),
+        }
+    }
+}
+
+/// Machine type as a spec asks for it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Machine {
+    /// microvm for a kernel, q35 for a disk.
+    Auto,
+    /// The newest type of this family that both hosts have.
+    Family(MachineFamily),
+    /// Exactly this type, like `pc-q35-7.2`.
+    Versioned {
+        /// The family it belongs to.
+        family: MachineFamily,
+        /// QEMU's name of the type.
+        name: String,
+    },
+}
+
+impl FromStr for Machine {
+    type Err = BadValue;
+    fn from_str(text: &str) -> Result<Self, BadValue> {
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
+        for family in [
+            MachineFamily::Microvm,
+            MachineFamily::Q35,
+            MachineFamily::Pc,
+        ] {
+            if text == family.alias() {
+                return Ok(Self::Family(family));
+            }
+            let version = family
+                .version_prefix()
+                .and_then(|prefix| text.strip_prefix(prefix));
+            if let Some(version) = version
+                && version_key(version).is_some()
+            {
+                return Ok(Self::Versioned {
+                    family,
+                    name: text.to_owned(),
+                });
+            }
+        }
+        Err(BadValue(
+            "use \"auto\", \"microvm\", \"q35\", \"pc\", or a versioned type like \"pc-q35-7.2\" or \
+             \"pc-i440fx-7.2\""
+                .to_owned(),
+        ))
+    }
+}
+
+/// `7.2` or `4.0.1` as numbers that compare in order of age.
+#[must_use]
+pub fn version_key(version: &str) -> Option<(u32, u32, u32)> {
+    let mut parts = version.split('.').map(|part| {
+        let digits =
+            !part.is_empty() && part.len() <= 4 && part.bytes().all(|b| b.is_ascii_digit());
+        digits.then(|| part.parse::<u32>().ok()).flatten()
+    });
+    let major = parts.next()??;
+    let minor = parts.next()??;
+    let patch = match parts.next() {
+        None => 0,
+        Some(patch) => patch?,
+    };
+    parts.next().is_none().then_some((major, minor, patch))
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Family(family) => family.alias(),
+            Self::Versioned { name, .. } => name,
+        })
+    }
+}
+
+/// How virtio devices are attached to the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// `virtio-mmio`: microvm only; the smallest device state.
+    Mmio,
+    /// `virtio-pci` with `disable-modern=on`: the default on q35 and pc.
+    PciLegacy,
+    /// `virtio-pci-modern`: for guests without a legacy virtio driver; 46 KB of
+    /// state a device (QEMU.md section 4).
+    PciModern,
+}
+
+impl Transport {
+    /// The word for it in a spec.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Mmio => "virtio-mmio",
+            Self::PciLegacy => "virtio-pci",
+            Self::PciModern => "virtio-pci-modern",
+        }
+    }
+}
+
+/// Accelerator as a spec asks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AccelChoice {
+    /// KVM if it really runs a guest on this host, else TCG.
+    Auto,
+    /// KVM or an error.
+    Kvm,
+    /// TCG.
+    Tcg,
+}
+
+impl AccelChoice {
+    /// The word for it in a spec.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// CPU model with flags, as QEMU's `-cpu` takes it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct CpuModel(String);
+
+/// Longest CPU model with flags, in bytes: room for some hundred flags.
+pub const CPU_BYTES_MAX: usize = 4096;
+
+impl CpuModel {
+    /// Check and wrap a model.
+    ///
+    /// # Errors
+    /// [`BadValue`] on characters QEMU's CPU models and flags do not have.
+    pub fn new(model: &str) -> Result<Self, BadValue> {
+        let fine = |b: u8| b.is_ascii_alphanumeric() || b"-_.,=+".contains(&b);
+        if !model.is_empty() && model.len() <= CPU_BYTES_MAX && model.bytes().all(fine) {
+            Ok(Self(model.to_owned()))
+        } else {
+            Err(BadValue(
+                "write a model and flags as QEMU's -cpu takes them, like \"max\" or \
+                 \"qemu64,+ssse3\""
+                    .to_owned(),
+            ))
+        }
+    }
+
+    /// The model as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// One disk. Always raw, always virtio.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Name, a DNS label, unique in the VM.
+    pub name: String,
+    /// File or block device that holds it, the same path on every host.
+    pub path: PathBuf,
+    /// Size the guest sees; a multiple of [`DISK_STEP`].
+    pub size: SizeBytes,
+    /// Where its copies are.
+    pub kind: DiskKind,
+    /// When a guest's flush may be acknowledged.
+    pub durability: Durability,
+}
+
+/// Disks are tracked and copied in blocks of this many bytes (the block NBD
+/// servers advertise by default, QEMU.md section 7).
+pub const DISK_STEP: u64 = 4096;
+/// Largest disk: bitmaps of 4 KiB blocks stay within 512 MiB.
+pub const DISK_MAX: u64 = 16 << 40;
+
+/// Where a disk's copies are (DESIGN section 5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DiskKind {
+    /// Each host has its own copy.
+    Replicated,
+}
+
+/// When a guest's flush counts as done (DESIGN section 3, output-commit).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Durability {
+    /// When the standby holds the epoch in memory. Survives the loss of either
+    /// host; loss of power on both can lose flushed writes.
+    Memory,
+}
+
+/// One NIC, always virtio.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nic {
+    /// Name, a DNS label, unique in the VM.
+    pub name: String,
+    /// Its address, the same on both sides.
+    pub mac: MacAddr,
+    /// Bridge of the host its tap is put on.
+    pub bridge: String,
+}
+
+/// Longest name of a network interface in bytes (Linux `IFNAMSIZ` less the final NUL).
+pub const BRIDGE_BYTES_MAX: usize = 15;
+
+/// Protection level of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protection {
+    /// Runs on one host and dies with it.
+    None,
+    /// A standby on the partner follows in lockstep epochs.
+    Mirrored,
+}
+
+impl Protection {
+    /// The word for it in a spec.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Mirrored => "mirrored",
+        }
+    }
+}
+
+/// How a VM is mirrored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MirrorPolicy {
+    /// Host of the standby; needed when the VM is mirrored from its start.
+    pub partner: Option<HostName>,
+    /// Least time from one checkpoint's resume to the next checkpoint.
+    pub epoch_gap_min_ms: u32,
+    /// Most time without a checkpoint.
+    pub epoch_interval_max_ms: u32,
+    /// Most of the guest's time that pauses and tracking may take.
+    pub overhead_max_percent: u8,
+    /// Compress pages on the wire.
+    pub compress: bool,
+    /// Compare all of RAM with the standby's at checkpoints (for drills; slow).
+    pub audit: bool,
+    /// Most packets the egress gate holds before it slows the guest.
+    pub held_packets_max: u32,
+    /// Most bytes the write overlay of all disks holds before it slows the guest.
+    pub overlay_max: SizeBytes,
+}
+
+impl Default for MirrorPolicy {
+    fn default() -> Self {
+        Self {
+            partner: None,
+            // A pause is about 2 ms: a gap of the same length leaves the guest half of its
+            // time in the worst second; the overhead ceiling stretches it from there.
+            epoch_gap_min_ms: 2,
+            // Bounds what a promotion loses of an otherwise silent guest's computing.
+            epoch_interval_max_ms: 100,
+            // A guest keeps 70 % of its unprotected throughput.
+            overhead_max_percent: 30,
+            compress: true,
+            audit: false,
+            // 16,384 full Ethernet frames are 24 MB: one second at 200 Mbit/s.
+            held_packets_max: 16_384,
+            overlay_max: SizeBytes(256 * MIB),
+        }
+    }
+}
