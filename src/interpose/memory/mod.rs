@@ -20,17 +20,23 @@
 //! through another process's mapping, so they would be lost without a sound.
 //! [`RamView`] is read-only for that reason.
 
+mod carried;
+mod crew;
 pub mod image;
 pub mod inject;
+mod maps;
+mod region;
 pub mod seed;
 pub mod staging;
+mod tracee;
 pub mod tracker;
+mod uapi;
 
 pub use image::{ImageError, RamImage, RamView};
 pub use inject::{InjectError, userfaultfd_in};
-pub use seed::{SeedError, SeedLimits, SeedOutcome, SeedProgress, seed};
+pub use seed::{SeedError, SeedLimits, SeedOutcome, SeedProgress, SeedSource, seed};
 pub use staging::{Staging, StagingError};
-pub use tracker::{CollectStats, TrackError, Tracker};
+pub use tracker::{CollectStats, PRECOPY_WORTH_PAGES, TrackError, Tracker};
 
 /// Bytes of a guest page, the unit of everything in this room.
 ///
