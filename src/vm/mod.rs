@@ -1,1 +1,3 @@
 //! QEMU: spec to command line, process, QMP.
+
+pub mod qmp;
