@@ -277,10 +277,10 @@ impl Qmp {
     pub fn wait_event(&mut self, name: &str, within: Duration) -> Result<QmpEvent, QmpError> {
         let end = Instant::now() + within;
         loop {
-            if let Some(at) = self.events.iter().position(|event| event.name == name) {
-                if let Some(event) = self.events.remove(at) {
-                    return Ok(event);
-                }
+            if let Some(at) = self.events.iter().position(|event| event.name == name)
+                && let Some(event) = self.events.remove(at)
+            {
+                return Ok(event);
             }
             let queued = self.events.len() as u64 + self.events_dropped;
             self.take_in(name)?;
