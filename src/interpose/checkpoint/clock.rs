@@ -24,6 +24,9 @@ use std::time::{Duration, Instant};
 /// QEMU 7.2 and 10.0.
 const T_TO_C: u64 = 0x30;
 
+/// Bytes from `cpu_ticks_prev` to `cpu_ticks_offset`.
+const PREV_TO_T: u64 = 8;
+
 /// `cpu_ticks_offset` in a saved state, from its first byte (header included).
 const STATE_T_AT: usize = 27;
 /// `cpu_clock_offset` in a saved state; eight unused bytes lie between the two.
@@ -72,7 +75,7 @@ pub enum ClockError {
     /// The fields are not where they are in the QEMU versions known.
     #[error(
         "guest time: QEMU's clock fields not found for sure: the values occur {ticks_hits} and \
-         {clock_hits} times, {pairs} times {T_TO_C:#x} apart (each must be 1)"
+         {clock_hits} times, {pairs} times {T_TO_C:#x} apart (must be once, in one place)"
     )]
     NotFound {
         /// Places that hold T.
@@ -382,16 +385,22 @@ impl Hits {
         }
     }
 
-    /// The place of T, if it is the only one, C is the only one, and they belong together.
+    /// The place of T: C occurs once, and T where it belongs to that C. Besides, T may stand
+    /// in `cpu_ticks_prev`, just before: the last tick count given out, equal to T if
+    /// somebody asked while the guest was stopped. Any other hit makes the search void.
     fn only_pair(&self) -> Result<u64, ClockError> {
         let paired = |&&ticks_at: &&u64| self.clock.contains(&(ticks_at + T_TO_C));
-        let pairs = self.ticks.iter().filter(paired).count();
-        match (self.ticks.as_slice(), self.clock.len(), pairs) {
-            (&[ticks_at], 1, 1) => Ok(ticks_at),
+        let pairs: Vec<u64> = self.ticks.iter().filter(paired).copied().collect();
+        let strange = |ticks_at: u64| {
+            let known = |&&at: &&u64| at == ticks_at || at + PREV_TO_T == ticks_at;
+            self.ticks.iter().filter(known).count() != self.ticks.len()
+        };
+        match (pairs.as_slice(), self.clock.len()) {
+            (&[ticks_at], 1) if !strange(ticks_at) => Ok(ticks_at),
             _ => Err(ClockError::NotFound {
                 ticks_hits: self.ticks.len(),
                 clock_hits: self.clock.len(),
-                pairs,
+                pairs: pairs.len(),
             }),
         }
     }

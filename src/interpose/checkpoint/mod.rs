@@ -21,6 +21,8 @@ pub mod promote;
 pub mod stream;
 #[cfg(test)]
 mod testbed;
+#[cfg(test)]
+mod tests;
 
 pub use blocks::{BlocksError, capture_blocks_prefix};
 pub use clock::{
