@@ -1,1 +1,0 @@
-//! QMP: QEMU's control protocol.
