@@ -1,0 +1,3 @@
+//! API sketch.
+/// Granularity of the dirty bitmap.
+pub const DIRTY_BLOCK_BYTES: u64 = 65536;
