@@ -15,6 +15,7 @@ mod dirty;
 #[allow(clippy::module_inception)]
 mod disk;
 mod extents;
+mod guest;
 mod image;
 pub mod nbd;
 mod overlay;
@@ -26,7 +27,9 @@ mod writer;
 pub use dirty::DIRTY_BLOCK_BYTES;
 pub use disk::{Disk, DiskHooks, DiskOptions, EpochWrites, Mode};
 pub use extents::{DiskWrite, WriteData};
-pub use image::{DiskError, create_sparse};
+pub use image::{
+    DiskError, READ_BASE_BYTES_MAX, SECTOR_BYTES, create_sparse, create_sparse_for,
+};
 pub use pressure::OVERLAY_BYTES_MAX_DEFAULT;
 pub use server::{DiskServer, Owner, ServerError};
 pub use stats::{DiskStats, LatencySummary};
