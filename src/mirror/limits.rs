@@ -26,6 +26,11 @@ pub const PREPARE_PATIENCE: Micros = Micros::from_millis(30_000);
 /// long, in case the primary's last write is still on its way; then it stands down.
 pub const ORPHAN_PATIENCE: Micros = Micros::from_millis(10_000);
 
+/// A standby that has heard of no epoch for this long reads the record: the primary's last
+/// word (handed over, dismissed, confirmed) may have been lost with its host. Twice the
+/// longest interval between cuts of [`super::Policy::default`].
+pub const SILENCE_BOUND: Micros = Micros::from_millis(500);
+
 /// Times of one pair. Both sides must be configured alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {

@@ -201,6 +201,12 @@ pub enum StandbyAction {
         /// Why; for `Broken` tell the primary `StandbyGone`.
         why: StandbyEnd,
     },
+    /// Tell the primary `StandbyGone`: no more is acknowledged. The copy stays, though, until
+    /// the primary has dismissed it or is lost and it is promoted.
+    TellBroken {
+        /// What broke.
+        reason: String,
+    },
     /// Tell the operator.
     Alert(Alert),
 }
