@@ -1,0 +1,708 @@
+//! The primary: inputs, epochs, release. What it asks of the registry is in `registry.rs`.
+
+use super::{PrimaryAction, PrimaryConfig, PrimaryEnd, PrimaryInput, PrimaryState, PrimaryStatus};
+use crate::mirror::sabotage::{Bug, sabotaged};
+use crate::mirror::{
+    Alert, CUT_FAILURES_MAX, Micros, PREPARE_PATIENCE, REGISTRY_RETRY_MIN, Schedule, Ticket,
+    Verdict, Versioned, VmRecord,
+};
+use crate::pool::{Epoch, Generation, HostName};
+use std::collections::VecDeque;
+
+/// An epoch that is cut and not yet acknowledged.
+#[derive(Clone, Copy, Debug)]
+struct InFlight {
+    epoch: Epoch,
+    cut_at: Micros,
+    /// No later than the moment its last byte could have left.
+    sent_at: Micros,
+}
+
+/// What one registry operation is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Win a generation for an attempt.
+    Reserve,
+    /// Name the standby.
+    Confirm,
+    /// Name the partner as owner.
+    HandOver,
+    /// Name no standby.
+    Solo,
+    /// Say that the guest has shut down.
+    End,
+    /// Before `Unprotect` or `Switchover` touches a running mirror: is the registry there at all?
+    Probe(Wish),
+    /// After a stall: does the record still name this host?
+    Verify,
+}
+
+/// What the operator wants of a running mirror.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wish {
+    Unprotect,
+    Switchover,
+}
+
+/// One registry operation without an answer yet.
+#[derive(Clone, Debug)]
+pub(super) struct Pending {
+    pub(super) ticket: Ticket,
+    pub(super) purpose: Purpose,
+    /// What a claim would write.
+    pub(super) wanted: Option<VmRecord>,
+    /// [`Primary::stalls`] when it was asked: an answer from before a freeze verifies nothing.
+    pub(super) stalls: u64,
+}
+
+/// The side that runs the VM; see the module.
+#[derive(Clone, Debug)]
+pub struct Primary {
+    pub(super) config: PrimaryConfig,
+    pub(super) state: PrimaryState,
+    pub(super) now: Micros,
+    /// As the registry last said.
+    pub(super) record: Versioned<VmRecord>,
+    pub(super) partner: Option<HostName>,
+    /// Of the attempt, or of the tenure while solo.
+    pub(super) generation: Generation,
+    schedule: Schedule,
+    /// Asked for and not yet done.
+    cutting: Option<(Epoch, Micros)>,
+    last_cut: Epoch,
+    in_flight: VecDeque<InFlight>,
+    committed: Epoch,
+    committed_cut_at: Option<Micros>,
+    /// Rule 5: the newest acknowledgement is good until then.
+    fresh_until: Micros,
+    released: Epoch,
+    cut_failures: u32,
+    /// The last epoch of a switchover, once its cut is asked for.
+    last_epoch: Option<Epoch>,
+    /// An acknowledgement that came before its own `CutDone`.
+    early_ack: Option<Epoch>,
+    peer: Verdict,
+    link_down_since: Option<Micros>,
+    prepare_until: Micros,
+    pub(super) op: Option<Pending>,
+    pub(super) next_ticket: u64,
+    pub(super) retry_at: Micros,
+    pub(super) backoff: Micros,
+    /// Frozen since the registry was last asked: release nothing before it answers.
+    pub(super) verify: bool,
+    pub(super) probe: Option<Wish>,
+    pub(super) holding_still: bool,
+    pub(super) stalls: u64,
+    /// Stands since a cut with `stay_stopped`.
+    pub(super) guest_stopped: bool,
+    /// A cut of a given-up attempt without an answer yet; true if it leaves the guest stopped.
+    stray_cut: Option<bool>,
+    lag_alerted: bool,
+    pub(super) unreachable_alerted: bool,
+    pub(super) last_reason: Option<String>,
+    pub(super) actions: VecDeque<PrimaryAction>,
+    promised_wakeup: Micros,
+}
+
+impl Primary {
+    /// A VM that runs here unmirrored, by `record`. If the record names another owner the
+    /// machine stands down at once.
+    #[must_use]
+    pub fn new(config: PrimaryConfig, record: Versioned<VmRecord>, now: Micros) -> Self {
+        let mut primary = Self {
+            state: PrimaryState::Solo,
+            now,
+            partner: None,
+            generation: record.value.generation,
+            schedule: Schedule::new(config.policy, now),
+            cutting: None,
+            last_cut: Epoch(0),
+            in_flight: VecDeque::new(),
+            committed: Epoch(0),
+            committed_cut_at: None,
+            fresh_until: Micros::ZERO,
+            released: Epoch(0),
+            cut_failures: 0,
+            last_epoch: None,
+            early_ack: None,
+            peer: Verdict::Alive,
+            link_down_since: None,
+            prepare_until: Micros::MAX,
+            op: None,
+            next_ticket: 1,
+            retry_at: Micros::ZERO,
+            backoff: REGISTRY_RETRY_MIN,
+            verify: false,
+            probe: None,
+            holding_still: false,
+            stalls: 0,
+            guest_stopped: false,
+            stray_cut: None,
+            lag_alerted: false,
+            unreachable_alerted: false,
+            last_reason: None,
+            actions: VecDeque::new(),
+            promised_wakeup: Micros::MAX,
+            config,
+            record,
+        };
+        if primary.record.value.owner != primary.config.me {
+            primary.depose(primary.record.value.owner.clone());
+        }
+        primary.promised_wakeup = primary.next_wakeup();
+        primary
+    }
+
+    /// The next thing to do, oldest first.
+    pub fn poll_action(&mut self) -> Option<PrimaryAction> {
+        self.actions.pop_front()
+    }
+
+    /// What is.
+    #[must_use]
+    pub fn status(&self, now: Micros) -> PrimaryStatus {
+        let lag = self.lag(now);
+        let named = matches!(self.state, PrimaryState::Mirrored | PrimaryState::LastEpoch);
+        PrimaryStatus {
+            state: self.state,
+            generation: self.generation,
+            partner: self.partner.clone(),
+            epoch: if self.state.holds_output() { self.last_cut.next() } else { Epoch(0) },
+            committed: self.committed,
+            lag,
+            mirrored: named && lag.is_some_and(|lag| lag < self.config.timing.lag_alarm),
+            holding_still: self.holding_still,
+            last_reason: self.last_reason.clone(),
+        }
+    }
+
+    /// Put in what happened.
+    pub fn handle(&mut self, input: PrimaryInput, now: Micros) {
+        // Called this late, the process was frozen, whoever says so or not.
+        let overslept = now.since(self.promised_wakeup) > self.config.timing.detection;
+        self.now = self.now.max(now);
+        if self.state == PrimaryState::StoodDown {
+            return;
+        }
+        if overslept {
+            self.stalled();
+        }
+        self.apply(input);
+        self.evaluate();
+        self.promised_wakeup = self.next_wakeup();
+        debug_assert!(self.released <= self.committed || sabotaged_release());
+        debug_assert!(self.in_flight.len() <= self.config.max_in_flight.max(1));
+    }
+
+    fn apply(&mut self, input: PrimaryInput) {
+        use PrimaryState as S;
+        match input {
+            PrimaryInput::Tick => {}
+            PrimaryInput::Protect { partner } => self.protect(partner),
+            PrimaryInput::Unprotect => self.unprotect(),
+            PrimaryInput::Switchover => self.switchover(),
+            PrimaryInput::SetPolicy(policy) => self.schedule.set_policy(policy),
+            PrimaryInput::LinkUp => self.link_down_since = None,
+            PrimaryInput::LinkDown { reason } => {
+                self.link_down_since.get_or_insert(self.now);
+                self.last_reason = Some(format!("link down: {reason}"));
+            }
+            PrimaryInput::PeerVerdict(verdict) => self.peer = verdict,
+            PrimaryInput::StandbyReady if self.state == S::Preparing => {
+                self.become_(S::Seeding);
+                self.actions.push_back(PrimaryAction::BeginSeeding);
+            }
+            PrimaryInput::StandbyReady => {}
+            PrimaryInput::StandbyRefused { reason } => {
+                self.mirror_broken(format!("the partner refused to hold a standby: {reason}"));
+            }
+            PrimaryInput::StandbyGone { reason } => {
+                self.mirror_broken(format!("the standby is gone: {reason}"));
+            }
+            PrimaryInput::SeedingConverged if self.state == S::Seeding => self.begin_epochs(),
+            PrimaryInput::SeedingConverged => {}
+            PrimaryInput::SeedingFailed { reason } if self.state == S::Seeding => {
+                self.mirror_broken(format!("seeding failed: {reason}"));
+            }
+            PrimaryInput::SeedingFailed { .. } => {}
+            PrimaryInput::OutputWaiting => self.schedule.output_waiting(self.now),
+            PrimaryInput::Pressure(_) => self.schedule.pressure(),
+            PrimaryInput::GuestBusy { permille } => self.schedule.guest_busy(permille),
+            PrimaryInput::CutDone { epoch, pause, pages, .. } => self.cut_done(epoch, pause, pages),
+            PrimaryInput::CutFailed { epoch, reason } => self.cut_failed(epoch, &reason),
+            PrimaryInput::Sent { epoch } => {
+                for flight in self.in_flight.iter_mut().filter(|flight| flight.epoch == epoch) {
+                    flight.sent_at = self.now;
+                }
+            }
+            PrimaryInput::SendFailed { epoch, reason } => {
+                if self.in_flight.iter().any(|flight| flight.epoch == epoch) {
+                    self.mirror_broken(format!("epoch {epoch} could not be sent: {reason}"));
+                }
+            }
+            PrimaryInput::Acked { generation, epoch } => self.acked(generation, epoch),
+            PrimaryInput::ClaimResult { ticket, outcome } => self.registry_answered(ticket, outcome),
+            PrimaryInput::SelfStalled { .. } => self.stalled(),
+            PrimaryInput::GuestDied { reason } => self.guest_died(reason),
+            PrimaryInput::GuestShutdown => self.guest_shutdown(),
+        }
+    }
+
+    // ---- operator ----
+
+    fn refuse(&mut self, what: &'static str, reason: impl Into<String>) {
+        self.actions
+            .push_back(PrimaryAction::Alert(Alert::Refused { what, reason: reason.into() }));
+    }
+
+    fn protect(&mut self, partner: HostName) {
+        if self.state != PrimaryState::Solo {
+            return self.refuse("protect", format!("the VM is not solo but {:?}", self.state));
+        }
+        if partner == self.config.me {
+            return self.refuse("protect", "the partner must be another host");
+        }
+        if self.peer == Verdict::Lost || self.link_down_since.is_some() {
+            return self.refuse("protect", format!("host {partner} cannot be reached; mend the link first"));
+        }
+        self.partner = Some(partner);
+        self.last_reason = None;
+        self.retry_at = self.now;
+        self.become_(PrimaryState::Reserving);
+    }
+
+    fn unprotect(&mut self) {
+        use PrimaryState as S;
+        match self.state {
+            S::Reserving | S::Preparing | S::Seeding | S::FirstEpoch => {
+                self.abort_attempt("unprotected by the operator".into());
+            }
+            S::Mirrored if self.probe.is_none() => self.probe = Some(Wish::Unprotect),
+            S::Claiming => {}
+            _ => self.refuse("unprotect", format!("the VM is {:?}; ask again", self.state)),
+        }
+    }
+
+    fn switchover(&mut self) {
+        if self.state == PrimaryState::Mirrored && self.probe.is_none() {
+            self.probe = Some(Wish::Switchover);
+        } else {
+            self.refuse("switchover", format!("the VM is not mirrored but {:?}; protect it first", self.state));
+        }
+    }
+
+    /// The registry answers: do what the operator wished.
+    pub(super) fn grant(&mut self, wish: Wish) {
+        match wish {
+            Wish::Unprotect => {
+                if sabotaged(Bug::DismissBeforeCommit) {
+                    self.actions.push_back(PrimaryAction::DismissStandby);
+                }
+                self.begin_claim("unprotected by the operator".into());
+            }
+            Wish::Switchover => {
+                self.last_epoch = None;
+                self.become_(PrimaryState::LastEpoch);
+            }
+        }
+    }
+
+    // ---- the guest and this process ----
+
+    fn stalled(&mut self) {
+        self.verify = true;
+        self.stalls += 1;
+    }
+
+    fn guest_died(&mut self, reason: String) {
+        if self.state.holds_output() {
+            self.actions.push_back(PrimaryAction::TellGone { reason: reason.clone() });
+        } else if self.state == PrimaryState::Seeding {
+            self.actions.push_back(PrimaryAction::EndSeeding { reason: reason.clone() });
+            self.actions.push_back(PrimaryAction::DismissStandby);
+        } else if self.state == PrimaryState::Preparing {
+            self.actions.push_back(PrimaryAction::DismissStandby);
+        }
+        self.actions.push_back(PrimaryAction::Alert(Alert::GuestGone { reason }));
+        self.stand_down(PrimaryEnd::GuestGone);
+    }
+
+    fn guest_shutdown(&mut self) {
+        use PrimaryState as S;
+        if matches!(self.state, S::Reserving | S::Preparing | S::Seeding | S::FirstEpoch) {
+            self.abort_attempt("the guest shut down".into());
+        }
+        self.retry_at = self.now;
+        self.become_(S::Ending);
+    }
+
+    // ---- epochs ----
+
+    fn begin_epochs(&mut self) {
+        self.cutting = None;
+        self.last_cut = Epoch(0);
+        self.in_flight.clear();
+        self.committed = Epoch(0);
+        self.committed_cut_at = None;
+        self.fresh_until = Micros::ZERO;
+        self.released = Epoch(0);
+        self.cut_failures = 0;
+        self.last_epoch = None;
+        self.early_ack = None;
+        self.become_(PrimaryState::FirstEpoch);
+        self.cut(false);
+    }
+
+    fn cut(&mut self, stay_stopped: bool) {
+        let epoch = self.last_cut.next();
+        self.cutting = Some((epoch, self.now));
+        self.schedule.cut_begun();
+        if stay_stopped {
+            self.last_epoch = Some(epoch);
+        }
+        self.actions.push_back(PrimaryAction::Cut { epoch, stay_stopped });
+    }
+
+    fn cut_done(&mut self, epoch: Epoch, pause: Micros, pages: u64) {
+        if let Some(stays_stopped) = self.stray_cut.take() {
+            if stays_stopped {
+                self.actions.push_back(PrimaryAction::Resume);
+            }
+            return;
+        }
+        let Some((cutting, cut_at)) = self.cutting else { return };
+        if cutting != epoch {
+            return;
+        }
+        self.cutting = None;
+        self.cut_failures = 0;
+        self.last_cut = epoch;
+        self.guest_stopped = self.last_epoch == Some(epoch);
+        self.schedule.cut_done(self.now, pause, pages);
+        self.in_flight.push_back(InFlight { epoch, cut_at, sent_at: cut_at });
+        if sabotaged(Bug::ReleaseBeforeAck) && self.state == PrimaryState::Mirrored {
+            self.actions.push_back(PrimaryAction::Release { through: epoch, until: Micros::MAX });
+        }
+        if let Some(early) = self.early_ack.take() {
+            self.acked(self.generation, early);
+        }
+    }
+
+    fn cut_failed(&mut self, epoch: Epoch, reason: &str) {
+        if self.stray_cut.take().is_some() || self.cutting.map(|(cutting, _)| cutting) != Some(epoch) {
+            return;
+        }
+        self.cutting = None;
+        self.cut_failures += 1;
+        self.early_ack = None;
+        self.schedule.cut_failed(self.now);
+        self.actions
+            .push_back(PrimaryAction::Alert(Alert::CheckpointFailed { reason: reason.to_owned() }));
+        if self.last_epoch == Some(epoch) {
+            self.last_epoch = None;
+            if self.state == PrimaryState::LastEpoch {
+                self.become_(PrimaryState::Mirrored);
+                self.refuse("switchover", format!("the last checkpoint failed: {reason}"));
+            }
+        }
+        if self.cut_failures >= CUT_FAILURES_MAX {
+            self.mirror_broken(format!("{CUT_FAILURES_MAX} checkpoints failed in a row: {reason}"));
+        }
+    }
+
+    fn acked(&mut self, generation: Generation, epoch: Epoch) {
+        if generation != self.generation && !sabotaged(Bug::GenerationNotCompared) {
+            return;
+        }
+        if !self.state.holds_output() || epoch <= self.committed {
+            return;
+        }
+        if epoch > self.last_cut {
+            if self.cutting.map(|(cutting, _)| cutting) == Some(epoch) {
+                self.early_ack = Some(epoch);
+            } else if !sabotaged(Bug::GenerationNotCompared) {
+                self.actions.push_back(PrimaryAction::Alert(Alert::PartnerConfused {
+                    reason: format!("acknowledged epoch {epoch}, the newest cut is {}", self.last_cut),
+                }));
+            }
+            return;
+        }
+        while let Some(flight) = self.in_flight.front().copied() {
+            if flight.epoch > epoch {
+                break;
+            }
+            self.in_flight.pop_front();
+            self.committed = flight.epoch;
+            self.committed_cut_at = Some(flight.cut_at);
+            self.fresh_until = flight.sent_at + self.config.timing.release_within;
+        }
+        if self.state == PrimaryState::FirstEpoch {
+            self.retry_at = self.now;
+            self.become_(PrimaryState::Confirming);
+            if sabotaged(Bug::ReleaseBeforeConfirm) {
+                self.release();
+            }
+        }
+    }
+
+    /// Release what is committed, if the acknowledgement is fresh and nothing is in doubt.
+    fn try_release(&mut self) {
+        let named = matches!(self.state, PrimaryState::Mirrored | PrimaryState::LastEpoch);
+        if !named || self.released >= self.committed {
+            return;
+        }
+        if !sabotaged(Bug::StaleAckAccepted) {
+            if self.verify || self.holding_still {
+                return;
+            }
+            if self.now >= self.fresh_until {
+                // The next epoch's acknowledgement will cover this one: get it soon.
+                self.schedule.output_waiting(self.now);
+                return;
+            }
+        }
+        self.release();
+    }
+
+    fn release(&mut self) {
+        self.released = self.committed;
+        let until = if sabotaged(Bug::StaleAckAccepted) { Micros::MAX } else { self.fresh_until };
+        self.actions.push_back(PrimaryAction::Release { through: self.committed, until });
+    }
+
+    // ---- leaving ----
+
+    /// The partner or the way to it is broken.
+    pub(super) fn mirror_broken(&mut self, reason: String) {
+        use PrimaryState as S;
+        match self.state {
+            S::Reserving | S::Preparing | S::Seeding | S::FirstEpoch => self.abort_attempt(reason),
+            S::Confirming | S::Mirrored | S::LastEpoch | S::HandingOver => self.begin_claim(reason),
+            S::Solo | S::Claiming | S::Ending | S::StoodDown => {}
+        }
+    }
+
+    /// Before a write that names the standby was ever asked for, going back needs no claim.
+    fn abort_attempt(&mut self, reason: String) {
+        use PrimaryState as S;
+        let before = self.state;
+        if before == S::Seeding {
+            self.actions.push_back(PrimaryAction::EndSeeding { reason: reason.clone() });
+        }
+        if before == S::FirstEpoch {
+            self.go_solo();
+        } else {
+            self.become_(S::Solo);
+        }
+        if before != S::Reserving {
+            self.actions.push_back(PrimaryAction::DismissStandby);
+        }
+        self.not_mirrored(reason);
+    }
+
+    pub(super) fn not_mirrored(&mut self, reason: String) {
+        self.partner = None;
+        self.last_reason = Some(reason.clone());
+        self.actions.push_back(PrimaryAction::Alert(Alert::NotMirrored { reason }));
+    }
+
+    fn begin_claim(&mut self, reason: String) {
+        self.last_reason = Some(reason);
+        self.probe = None;
+        self.retry_at = self.now;
+        self.become_(PrimaryState::Claiming);
+        if sabotaged(Bug::SoloWithoutClaim) {
+            self.op = None;
+            self.go_solo();
+        }
+    }
+
+    /// Output goes direct from here on.
+    pub(super) fn go_solo(&mut self) {
+        self.generation = self.record.value.generation;
+        if self.state != PrimaryState::Ending {
+            self.become_(PrimaryState::Solo);
+        }
+        self.actions.push_back(PrimaryAction::GoSolo { generation: self.generation });
+        self.resume();
+        if let Some((epoch, _)) = self.cutting.take() {
+            self.stray_cut = Some(self.last_epoch == Some(epoch));
+        }
+        self.early_ack = None;
+        self.in_flight.clear();
+        self.last_epoch = None;
+        self.probe = None;
+    }
+
+    pub(super) fn resume(&mut self) {
+        if (self.holding_still || self.guest_stopped) && self.state != PrimaryState::Ending {
+            self.actions.push_back(PrimaryAction::Resume);
+        }
+        self.holding_still = false;
+        self.guest_stopped = false;
+        self.unreachable_alerted = false;
+    }
+
+    pub(super) fn depose(&mut self, by: HostName) {
+        self.actions.push_back(PrimaryAction::Alert(Alert::Deposed { by: by.clone() }));
+        self.stand_down(PrimaryEnd::Deposed { by });
+    }
+
+    pub(super) fn hand_over(&mut self) {
+        let to = self.record.value.owner.clone();
+        self.actions.push_back(PrimaryAction::Handover {
+            generation: self.record.value.generation,
+            epoch: self.committed,
+        });
+        self.stand_down(PrimaryEnd::HandedOver { to });
+    }
+
+    pub(super) fn stand_down(&mut self, why: PrimaryEnd) {
+        self.become_(PrimaryState::StoodDown);
+        self.op = None;
+        self.actions.push_back(PrimaryAction::StandDown { why });
+    }
+
+    /// The registry names the standby: from here acknowledgements release.
+    pub(super) fn confirmed(&mut self) {
+        self.become_(PrimaryState::Mirrored);
+        self.resume();
+        self.actions.push_back(PrimaryAction::ConfirmMirrored {
+            generation: self.generation,
+            epoch: self.committed,
+        });
+    }
+
+    /// The attempt has its generation.
+    pub(super) fn begin_preparing(&mut self, partner: HostName) {
+        self.generation = self.record.value.generation;
+        self.prepare_until = self.now + PREPARE_PATIENCE;
+        self.become_(PrimaryState::Preparing);
+        self.actions.push_back(PrimaryAction::PrepareStandby { partner, generation: self.generation });
+    }
+
+    // ---- after every input ----
+
+    /// Conditions on data, looked at after every input, in this order.
+    fn evaluate(&mut self) {
+        use PrimaryState as S;
+        if let Some(reason) = self.broken_reason() {
+            self.mirror_broken(reason);
+        }
+        self.try_release();
+        if self.state == S::LastEpoch && self.last_epoch == Some(self.committed) {
+            self.retry_at = self.now;
+            self.become_(S::HandingOver);
+        }
+        self.ask_registry();
+        if self.may_cut() {
+            match self.state {
+                S::LastEpoch if self.in_flight.is_empty() => self.cut(true),
+                S::FirstEpoch | S::Mirrored if self.schedule.next_cut() <= self.now => self.cut(false),
+                _ => {}
+            }
+        }
+        self.check_lag();
+    }
+
+    fn may_cut(&self) -> bool {
+        let room = self.in_flight.len() < self.config.max_in_flight.max(1);
+        let wanted = match self.state {
+            // Only epoch 1: a second one has no place before the record names the standby.
+            PrimaryState::FirstEpoch => self.last_cut == Epoch(0),
+            PrimaryState::Mirrored => true,
+            PrimaryState::LastEpoch => self.last_epoch.is_none(),
+            _ => false,
+        };
+        wanted && room && self.cutting.is_none() && !self.holding_still && !self.guest_stopped
+    }
+
+    fn broken_reason(&self) -> Option<String> {
+        use PrimaryState as S;
+        let timing = &self.config.timing;
+        let with_partner = !matches!(
+            self.state,
+            S::Solo | S::Reserving | S::Claiming | S::Ending | S::StoodDown
+        );
+        if !with_partner {
+            return None;
+        }
+        if self.peer == Verdict::Lost {
+            return Some("the partner host is lost".into());
+        }
+        if let Some(since) = self.link_down_since
+            && self.now.since(since) >= timing.link_down_bound
+        {
+            return Some("the link to the partner is down".into());
+        }
+        if self.state == S::Preparing && self.now >= self.prepare_until {
+            return Some("the partner made no standby ready in time".into());
+        }
+        let oldest = self.in_flight.front()?;
+        (self.state.holds_output() && self.now.since(oldest.sent_at) >= timing.ack_overdue)
+            .then(|| format!("epoch {} was not acknowledged in time", oldest.epoch))
+    }
+
+    fn lag(&self, now: Micros) -> Option<Micros> {
+        let since = self.committed_cut_at.filter(|_| self.state.holds_output())?;
+        Some(now.since(since))
+    }
+
+    fn check_lag(&mut self) {
+        let Some(lag) = self.lag(self.now) else {
+            self.lag_alerted = false;
+            return;
+        };
+        let lagging = lag >= self.config.timing.lag_alarm;
+        if lagging && !self.lag_alerted {
+            self.actions.push_back(PrimaryAction::Alert(Alert::Lagging { lag }));
+        }
+        self.lag_alerted = lagging;
+    }
+
+    /// When `Tick` is due at the latest. Never later than half the detection time ahead
+    /// while output is held, so that a freeze shows in the machine's own clock.
+    #[must_use]
+    pub fn next_wakeup(&self) -> Micros {
+        use PrimaryState as S;
+        let timing = &self.config.timing;
+        let mut at = self.now + Micros::from_millis(1000);
+        if self.state == S::StoodDown {
+            return Micros::MAX;
+        }
+        if self.state.holds_output() {
+            at = self.now + Micros(timing.detection.0 / 2);
+        }
+        if self.op.is_none() && self.wanted_purpose().is_some() {
+            at = at.min(self.retry_at);
+        }
+        if self.state == S::Preparing {
+            at = at.min(self.prepare_until);
+        }
+        if let Some(since) = self.link_down_since {
+            let bound = since + timing.link_down_bound;
+            at = at.min(bound.max(self.now + Micros(1000)));
+        }
+        if let Some(oldest) = self.in_flight.front() {
+            at = at.min((oldest.sent_at + timing.ack_overdue).max(self.now + Micros(1000)));
+        }
+        if self.may_cut() && matches!(self.state, S::FirstEpoch | S::Mirrored) {
+            at = at.min(self.schedule.next_cut());
+        }
+        at
+    }
+
+    /// The only place that changes the state.
+    pub(super) fn become_(&mut self, next: PrimaryState) {
+        debug_assert!(
+            self.state.may_become(next) || cfg!(test) && sabotaged(Bug::SoloWithoutClaim),
+            "illegal step {:?} -> {next:?}",
+            self.state
+        );
+        self.state = next;
+    }
+}
+
+fn sabotaged_release() -> bool {
+    sabotaged(Bug::ReleaseBeforeAck)
+}
