@@ -1,0 +1,23 @@
+//! One epoch to frames and back. Pure: no tokio, no clock, no thread.
+//!
+//! On the wire an epoch is, on one lane and in this order:
+//!
+//! ```text
+//!  Ingress*      while it runs; may come between the frames of the epoch before
+//!  (Pages | DiskWrites)*
+//!  DeviceState   exactly one
+//!  EpochEnd      digest over the headers of all of these but Ingress
+//! ```
+//!
+//! What this must never do: hand up an epoch that is not whole, not next in
+//! order, of another generation, or larger than its limits.
+
+mod assembler;
+mod meta;
+mod received;
+mod writer;
+
+pub use assembler::{EpochAssembler, EpochError, EpochLimits};
+pub use meta::{AuditSums, EpochMeta};
+pub use received::ReceivedEpoch;
+pub use writer::{EpochWriter, WriteError, ingress_frames};
