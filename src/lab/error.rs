@@ -55,7 +55,7 @@ pub enum LabError {
         /// What it is now.
         is: &'static str,
         /// What to do first.
-        todo: &'static str,
+        todo: String,
     },
     /// The lab's keeper refused or failed; it says at which step.
     #[error("lab `{lab}`: {step}: {message} (the keeper's log: {})", log.display())]

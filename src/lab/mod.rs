@@ -35,7 +35,7 @@ pub use clock::MonotonicNs;
 pub use enter::{exec_main, in_network};
 pub use error::LabError;
 pub use dir::TakenDown;
-pub use handle::Lab;
+pub use handle::{Lab, take_down};
 pub use init::host_init_main;
 pub use keeper::keeper_main;
 pub use spec::{
