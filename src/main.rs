@@ -1,3 +1,8 @@
 //! The one binary.
 
-fn main() {}
+fn main() {
+    let args: Vec<std::ffi::OsString> = std::env::args_os().skip(1).collect();
+    if let Some(status) = pollux::lab::hidden_main(&args) {
+        std::process::exit(status);
+    }
+}

@@ -1,0 +1,544 @@
+//! The keeper: holds the `outside` namespace and every host of one lab, and does what
+//! the lab's users ask over `keeper.sock`.
+//!
+//! One thread, one loop: life line, requests, dead children. It must never hand the
+//! directory's lock to a child (the lock means "the keeper lives"), and never outlive
+//! its launcher: the launcher is the only process of the lab outside of its pid
+//! namespace, and its death kills the keeper, and so the lab.
+
+use super::clock::MonotonicNs;
+use super::dir;
+use super::init::host_init_main;
+use super::net::{self, Port};
+use super::spec::{HostNet, KeepPolicy, LabPlan, OUTSIDE};
+use super::wire::{
+    DaemonState, HostPower, HostStatus, InitReply, InitRequest, LabStatus, LinkName, LinkStatus, Reply, Request, receive, send,
+};
+use crate::pool::HostName;
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, fork, setsid};
+use std::ffi::{CString, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A user of the lab has this long to state its request or take the answer.
+const USER_TIMEOUT: Duration = Duration::from_secs(2);
+/// A host's init has this long to answer; starting a host on a busy machine is the longest.
+const INIT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Before a power cut the host is stopped; if its init does not do that in this time, the cut goes on.
+const CUT_STOP_TIMEOUT: Duration = Duration::from_millis(500);
+
+type StepError = (String, String);
+
+fn step<E: std::fmt::Display>(what: impl Into<String>) -> impl FnOnce(E) -> StepError {
+    move |e| (what.into(), e.to_string())
+}
+
+/// The hidden subcommand `lab-keeper`: takes the plan and the directory's lock from
+/// the socket on its standard input, becomes the launcher and forks the keeper.
+/// Returns the exit status. The process must have one thread.
+#[must_use]
+pub fn keeper_main(_args: &[OsString]) -> i32 {
+    // SAFETY: descriptor 0 is ours alone; nothing in this process reads standard input.
+    let life = UnixStream::from(unsafe { OwnedFd::from_raw_fd(0) });
+    let (plan, lock) = match receive::<LabPlan>(&life) {
+        Ok((plan, Some(lock))) => (plan, File::from(lock)),
+        Ok((_, None)) | Err(_) => {
+            eprintln!("pollux {}: started by `pollux lab up` only", super::KEEPER_COMMAND);
+            return 2;
+        }
+    };
+    match launch(&plan, &life, lock) {
+        Ok(status) => status,
+        Err((step, message)) => {
+            eprintln!("keeper: {step}: {message}");
+            let _ = send(&life, &Reply::Failed { step, message }, None);
+            1
+        }
+    }
+}
+
+fn launch(plan: &LabPlan, life: &UnixStream, lock: File) -> Result<i32, StepError> {
+    // Away from the creator's terminal: its Ctrl-C is not for us.
+    setsid().map_err(step("starting a session"))?;
+    unshare(CloneFlags::CLONE_NEWPID).map_err(step("making the lab's pid namespace"))?;
+    let (watch, alive) = io::pipe().map_err(step("making a pipe"))?;
+    // SAFETY: this process has one thread, so the child may do anything.
+    match unsafe { fork() }.map_err(step("forking the keeper"))? {
+        ForkResult::Parent { child } => {
+            drop((lock, watch));
+            let _alive = alive;
+            // Let go of the life line: only the keeper holds it from here on.
+            // SAFETY: 0 is a valid descriptor that `life` owns; it is replaced, not freed, so that stays true.
+            unsafe { libc::dup2(File::open("/dev/null").map_err(step("opening /dev/null"))?.as_raw_fd(), 0) };
+            loop {
+                match waitpid(child, None) {
+                    Ok(WaitStatus::Exited(_, code)) => return Ok(code),
+                    Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as i32),
+                    Ok(_) | Err(Errno::EINTR) => {}
+                    Err(e) => return Err(("waiting for the keeper".into(), e.to_string())),
+                }
+            }
+        }
+        ForkResult::Child => {
+            drop(alive);
+            let done = keep(plan, life, &lock, &watch);
+            if let Err((step, message)) = &done {
+                eprintln!("keeper: {step}: {message}");
+                let _ = send(life, &Reply::Failed { step: step.clone(), message: message.clone() }, None);
+            }
+            // Never return into the launcher's frames; the kernel ends every host with us.
+            std::process::exit(i32::from(done.is_err()));
+        }
+    }
+}
+
+/// One host while it has power.
+struct Running {
+    init: Pid,
+    pidfd: OwnedFd,
+    channel: UnixStream,
+    frozen: bool,
+}
+
+struct Keeper<'a> {
+    plan: &'a LabPlan,
+    ip: PathBuf,
+    hosts: Vec<Option<Running>>,
+    /// Ports taken off their switch on purpose; a power cycle does not heal them.
+    cut: Vec<Port>,
+    own_pidfd: OwnedFd,
+    own_pid_namespace: File,
+}
+
+fn keep(plan: &LabPlan, life: &UnixStream, lock: &File, launcher: &io::PipeReader) -> Result<(), StepError> {
+    prctl::set_pdeathsig(Signal::SIGKILL).map_err(step("tying the keeper to its launcher"))?;
+    let mut gone = [PollFd::new(launcher.as_fd(), PollFlags::POLLIN)];
+    if poll(&mut gone, PollTimeout::ZERO).map_err(step("looking for the launcher"))? > 0 {
+        return Err(("starting".into(), "the launcher died first".into()));
+    }
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS)
+        .map_err(step("making the namespaces of `outside`"))?;
+    nix::unistd::sethostname(OUTSIDE).map_err(step("setting the name of `outside`"))?;
+    // Nothing we mount may reach the machine's own mount namespace.
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+        .map_err(step("making mounts private"))?;
+    mount(Some("proc"), "/proc", Some("proc"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, None::<&str>)
+        .map_err(step("mounting proc on /proc"))?;
+    net::disable_ipv6();
+    let ip = net::find_ip().map_err(step("looking for ip"))?;
+    net::ip_batch(&ip, &net::outside_script(plan), false).map_err(step("making the switches"))?;
+
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT] {
+        signals.add(signal);
+    }
+    signals.thread_block().map_err(step("blocking signals"))?;
+    let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map_err(step("signalfd"))?;
+    let listener = UnixListener::bind(plan.socket()).map_err(step(format!("binding {}", plan.socket().display())))?;
+    let mut keeper = Keeper {
+        plan,
+        ip,
+        hosts: plan.hosts.iter().map(|_| None).collect(),
+        cut: Vec::new(),
+        own_pidfd: pidfd_open(nix::unistd::getpid()).map_err(step("opening the keeper's pidfd"))?,
+        own_pid_namespace: File::open("/proc/self/ns/pid").map_err(step("opening the lab's pid namespace"))?,
+    };
+    for index in 0..plan.hosts.len() {
+        keeper.power_on(index)?;
+    }
+    send(life, &Reply::Done { at_ns: MonotonicNs::now() }, None).map_err(step("telling the creator"))?;
+    let detached = plan.keep == KeepPolicy::Detached;
+    loop {
+        let mut waiting = vec![PollFd::new(arrived.as_fd(), PollFlags::POLLIN), PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        if !detached {
+            waiting.push(PollFd::new(life.as_fd(), PollFlags::POLLIN));
+        }
+        match poll(&mut waiting, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(e) => return Err(("waiting".into(), e.to_string())),
+        }
+        let asked = waiting[1].any().unwrap_or(false);
+        let creator_gone = waiting.get(2).and_then(PollFd::any).unwrap_or(false);
+        let mut told_to_end = false;
+        while let Ok(Some(info)) = arrived.read_signal() {
+            told_to_end |= info.ssi_signo != Signal::SIGCHLD as u32;
+        }
+        keeper.reap();
+        if creator_gone || told_to_end {
+            keeper.cut_all();
+            if !plan.keep_files
+                && let Err(e) = dir::empty(&plan.dir, false)
+            {
+                eprintln!("keeper: {e}");
+            }
+            return Ok(());
+        }
+        if asked && let Ok((user, _)) = listener.accept() {
+            match keeper.serve(&user) {
+                Ok(true) => {
+                    // The lock goes with this process; whoever asked removes the directory.
+                    let _ = lock;
+                    return Ok(());
+                }
+                Ok(false) => {}
+                Err(e) => eprintln!("keeper: a user went away: {e}"),
+            }
+        }
+    }
+}
+
+impl Keeper<'_> {
+    /// True if the lab is to end.
+    fn serve(&mut self, user: &UnixStream) -> io::Result<bool> {
+        user.set_read_timeout(Some(USER_TIMEOUT))?;
+        user.set_write_timeout(Some(USER_TIMEOUT))?;
+        let (request, _) = receive::<Request>(user)?;
+        let reply = match request {
+            Request::Down => {
+                self.cut_all();
+                send(user, &Reply::Done { at_ns: MonotonicNs::now() }, None)?;
+                return Ok(true);
+            }
+            Request::Enter(place) => {
+                let entered = match &place {
+                    None => Ok(&self.own_pidfd),
+                    Some(host) => self.on(host).map(|index| self.hosts[index].as_ref().map_or(&self.own_pidfd, |r| &r.pidfd)),
+                };
+                match entered {
+                    Ok(fd) => return send(user, &Reply::Done { at_ns: MonotonicNs::now() }, Some(fd.as_fd())).map(|()| false),
+                    Err(refused) => refused,
+                }
+            }
+            other => self.obey(&other).unwrap_or_else(|refused| refused),
+        };
+        send(user, &reply, None)?;
+        Ok(false)
+    }
+
+    fn obey(&mut self, request: &Request) -> Result<Reply, Reply> {
+        let failed = |(step, message): StepError| Reply::Failed { step, message };
+        let at = |at_ns| Reply::Done { at_ns };
+        match request {
+            Request::Status => Ok(Reply::Status(self.status())),
+            Request::PowerCut(host) => {
+                let index = self.index(host)?;
+                if self.hosts[index].is_none() {
+                    return Err(refused(host, HostPower::Off, "power it on first"));
+                }
+                self.power_cut(index).map(at).map_err(failed)
+            }
+            Request::PowerOn(host) => {
+                let index = self.index(host)?;
+                if let Some(running) = &self.hosts[index] {
+                    return Err(refused(host, running.power(), "cut its power first"));
+                }
+                self.power_on(index).map(at).map_err(failed)
+            }
+            Request::SetLink { link, up } => self.set_link(link, *up).map(at),
+            Request::Freeze(host) => {
+                let index = self.on(host)?;
+                let at_ns = self.ask_done(index, &InitRequest::Freeze)?;
+                if let Some(running) = &mut self.hosts[index] {
+                    running.frozen = true;
+                }
+                Ok(at(at_ns))
+            }
+            Request::Thaw(host) => {
+                let index = self.index(host)?;
+                match &self.hosts[index] {
+                    Some(running) if running.frozen => {}
+                    Some(_) => return Err(refused(host, HostPower::On, "only a frozen host can thaw")),
+                    None => return Err(refused(host, HostPower::Off, "power it on instead")),
+                }
+                let at_ns = self.ask_done(index, &InitRequest::Thaw)?;
+                if let Some(running) = &mut self.hosts[index] {
+                    running.frozen = false;
+                }
+                Ok(at(at_ns))
+            }
+            Request::Kill { host, pid } => {
+                let index = self.on(host)?;
+                self.ask_done(index, &InitRequest::Kill(*pid)).map(at)
+            }
+            Request::Processes(host) => {
+                let index = self.index(host)?;
+                if self.hosts[index].is_none() {
+                    return Ok(Reply::Processes(Vec::new()));
+                }
+                match self.ask(index, &InitRequest::Processes).map_err(failed)? {
+                    InitReply::Processes(list) => Ok(Reply::Processes(list)),
+                    other => Err(unexpected(&other)),
+                }
+            }
+            Request::Enter(_) | Request::Down => Err(failed(("obeying".into(), "not a request for here".into()))),
+        }
+    }
+
+    fn index(&self, host: &HostName) -> Result<usize, Reply> {
+        self.plan.hosts.iter().position(|h| h.name == *host).ok_or_else(|| Reply::Failed {
+            step: format!("looking for host `{host}`"),
+            message: "the lab has no such host".into(),
+        })
+    }
+
+    /// The index of a host that is on and not frozen.
+    fn on(&self, host: &HostName) -> Result<usize, Reply> {
+        let index = self.index(host)?;
+        match &self.hosts[index] {
+            None => Err(refused(host, HostPower::Off, "power it on first")),
+            Some(running) if running.frozen => Err(refused(host, HostPower::Frozen, "thaw it first")),
+            Some(_) => Ok(index),
+        }
+    }
+
+    fn ask(&self, index: usize, request: &InitRequest) -> Result<InitReply, StepError> {
+        let name = &self.plan.hosts[index].name;
+        let Some(running) = &self.hosts[index] else { return Err((format!("asking host `{name}`"), "it is off".into())) };
+        ask(&running.channel, request, INIT_TIMEOUT).map_err(step(format!("asking the init of host `{name}`")))
+    }
+
+    fn ask_done(&self, index: usize, request: &InitRequest) -> Result<MonotonicNs, Reply> {
+        match self.ask(index, request).map_err(|(step, message)| Reply::Failed { step, message })? {
+            InitReply::Done { at_ns } => Ok(at_ns),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// New namespaces on the same disks.
+    fn power_on(&mut self, index: usize) -> Result<MonotonicNs, StepError> {
+        let host = &self.plan.hosts[index];
+        let (channel, theirs) = UnixStream::pair().map_err(step("making a channel"))?;
+        channel.set_read_timeout(Some(INIT_TIMEOUT)).map_err(step("making a channel"))?;
+        // The next child is pid 1 of a new namespace; the ones after it are ours again.
+        unshare(CloneFlags::CLONE_NEWPID).map_err(step(format!("making the pid namespace of host `{}`", host.name)))?;
+        // SAFETY: the keeper has one thread, so the child may do anything.
+        let forked = unsafe { fork() };
+        if let Ok(ForkResult::Child) = forked {
+            become_init(self.plan, host, theirs);
+        }
+        setns(&self.own_pid_namespace, CloneFlags::CLONE_NEWPID).map_err(step("returning to the lab's pid namespace"))?;
+        drop(theirs);
+        let Ok(ForkResult::Parent { child }) = forked else {
+            return Err((format!("forking the init of host `{}`", host.name), forked.err().map_or(String::new(), |e| e.to_string())));
+        };
+        let running = pidfd_open(child).map(|pidfd| Running { init: child, pidfd, channel, frozen: false });
+        self.hosts[index] = Some(running.map_err(step("opening a pidfd"))?);
+        let wired = self.wire(index, child);
+        if wired.is_err() {
+            let _ = self.power_cut(index);
+        }
+        wired
+    }
+
+    fn wire(&self, index: usize, init: Pid) -> Result<MonotonicNs, StepError> {
+        let host = &self.plan.hosts[index];
+        let Some(running) = &self.hosts[index] else { return Err(("wiring".into(), "the host is off".into())) };
+        let what = || format!("starting host `{}`", host.name);
+        match receive::<InitReply>(&running.channel).map_err(step(what()))?.0 {
+            InitReply::Born => {}
+            InitReply::Failed { step, message } => return Err((format!("host `{}`: {step}", host.name), message)),
+            other => return Err((what(), format!("its init said {other:?}"))),
+        }
+        net::ip_batch(&self.ip, &net::wire_script(self.plan, host, init.as_raw()), false).map_err(step(what()))?;
+        for port in net::ports(self.plan, host) {
+            if !self.cut.contains(&port) {
+                net::set_port(&port, true).map_err(step(format!("plugging {} into {}", port.name, port.bridge)))?;
+            }
+        }
+        match ask(&running.channel, &InitRequest::Wired, INIT_TIMEOUT).map_err(step(what()))? {
+            InitReply::Done { at_ns } => Ok(at_ns),
+            InitReply::Failed { step, message } => Err((format!("host `{}`: {step}", host.name), message)),
+            other => Err((what(), format!("its init said {other:?}"))),
+        }
+    }
+
+    /// A dead host says no goodbye: first all its processes stop, then its cables come
+    /// off, and only then is it killed, so that no FIN, RST or ICMP of its dying
+    /// sockets reaches anyone. The instant returned is the stop.
+    fn power_cut(&mut self, index: usize) -> Result<MonotonicNs, StepError> {
+        let Some(running) = self.hosts[index].take() else { return Ok(MonotonicNs::now()) };
+        let stopped = ask(&running.channel, &InitRequest::Freeze, CUT_STOP_TIMEOUT);
+        let at_ns = match stopped {
+            Ok(InitReply::Done { at_ns }) => at_ns,
+            _ => MonotonicNs::now(),
+        };
+        let host = &self.plan.hosts[index];
+        for port in net::ports(self.plan, host) {
+            // A port that is not there carries nothing either.
+            let _ = net::set_port(&port, false);
+        }
+        let _ = kill(running.init, Signal::SIGKILL);
+        // Returns once the kernel has ended and reaped everything in the namespace.
+        loop {
+            match waitpid(running.init, None) {
+                Err(Errno::EINTR) => {}
+                _ => break,
+            }
+        }
+        net::ip_batch(&self.ip, &net::unwire_script(self.plan, host), true)
+            .map_err(step(format!("removing the cables of host `{}`", host.name)))?;
+        Ok(at_ns)
+    }
+
+    fn cut_all(&mut self) {
+        for index in 0..self.hosts.len() {
+            if let Err((step, message)) = self.power_cut(index) {
+                eprintln!("keeper: {step}: {message}");
+            }
+        }
+    }
+
+    fn set_link(&mut self, link: &LinkName, up: bool) -> Result<MonotonicNs, Reply> {
+        for port in self.link_ports(link)? {
+            self.cut.retain(|p| *p != port);
+            if !up {
+                self.cut.push(port.clone());
+            }
+            match net::set_port(&port, up) {
+                Ok(()) => {}
+                // The host is off: remembered, and done when it comes back.
+                Err(e) if e.raw_os_error() == Some(libc::ENODEV) || e.raw_os_error() == Some(libc::ENXIO) => {}
+                Err(e) => return Err(Reply::Failed { step: format!("port {} of {}", port.name, port.bridge), message: e.to_string() }),
+            }
+        }
+        Ok(MonotonicNs::now())
+    }
+
+    /// Both ends of a private link; the host's end of its lan cable.
+    fn link_ports(&self, link: &LinkName) -> Result<Vec<Port>, Reply> {
+        match link {
+            LinkName::Lan(host) => Ok(vec![net::lan_port(&self.plan.hosts[self.index(host)?])]),
+            LinkName::Private { a, b, index } => {
+                let (a_index, b_index) = (self.index(a)?, self.index(b)?);
+                let end = |from: usize, to: usize| {
+                    net::private_ports(self.plan, &self.plan.hosts[from])
+                        .into_iter()
+                        .find(|(_, partner, place)| *partner == to && self.plan.hosts[from].links[*place].index == *index)
+                        .map(|(port, _, _)| port)
+                };
+                end(a_index, b_index).zip(end(b_index, a_index)).map(|(x, y)| vec![x, y]).ok_or_else(|| Reply::Failed {
+                    step: format!("looking for private link {index} of `{a}` and `{b}`"),
+                    message: format!("there are {} (from 0) between each two hosts", self.plan.private_links),
+                })
+            }
+        }
+    }
+
+    fn status(&self) -> LabStatus {
+        let hosts = self.plan.hosts.iter().enumerate().map(|(index, host)| {
+            let power = self.hosts[index].as_ref().map_or(HostPower::Off, Running::power);
+            let daemon = match (power, self.ask(index, &InitRequest::Daemon)) {
+                (HostPower::On, Ok(InitReply::Daemon(daemon))) => daemon,
+                _ => DaemonState::Unknown,
+            };
+            HostStatus {
+                name: host.name.clone(),
+                power,
+                daemon,
+                management: host.management,
+                api_socket: host.api_socket.clone(),
+                daemon_log: host.daemon_log.clone(),
+            }
+        });
+        let mut links = Vec::new();
+        for host in &self.plan.hosts {
+            for (port, partner, place) in net::private_ports(self.plan, host).into_iter().filter(|p| host.index < p.1) {
+                links.push(LinkStatus {
+                    a: host.name.clone(),
+                    b: self.plan.hosts[partner].name.clone(),
+                    index: host.links[place].index,
+                    cut: self.cut.contains(&port),
+                });
+            }
+        }
+        LabStatus { name: self.plan.name.clone(), dir: self.plan.dir.clone(), hosts: hosts.collect(), links }
+    }
+
+    /// Collect dead children: inits that died by themselves, orphans of `exec`.
+    fn reap(&mut self) {
+        loop {
+            let pid = match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _)) => pid,
+                Ok(WaitStatus::StillAlive) | Err(_) => return,
+                Ok(_) => continue,
+            };
+            for (slot, host) in self.hosts.iter_mut().zip(&self.plan.hosts) {
+                if slot.as_ref().is_some_and(|r| r.init == pid) {
+                    *slot = None;
+                    eprintln!("keeper: the init of host `{}` died", host.name);
+                    let _ = net::ip_batch(&self.ip, &net::unwire_script(self.plan, host), true);
+                }
+            }
+        }
+    }
+}
+
+impl Running {
+    fn power(&self) -> HostPower {
+        if self.frozen { HostPower::Frozen } else { HostPower::On }
+    }
+}
+
+fn ask(channel: &UnixStream, request: &InitRequest, limit: Duration) -> io::Result<InitReply> {
+    channel.set_read_timeout(Some(limit))?;
+    send(channel, request, None)?;
+    receive(channel).map(|(reply, _)| reply)
+}
+
+fn refused(host: &HostName, is: HostPower, todo: &str) -> Reply {
+    Reply::HostState { host: host.clone(), is, todo: todo.into() }
+}
+
+fn unexpected(reply: &InitReply) -> Reply {
+    match reply {
+        InitReply::Failed { step, message } => Reply::Failed { step: step.clone(), message: message.clone() },
+        other => Reply::Failed { step: "asking the host's init".into(), message: format!("it said {other:?}") },
+    }
+}
+
+/// In the forked child: keep the channel and the standard three, nothing else.
+fn become_init(plan: &LabPlan, host: &HostNet, channel: UnixStream) -> ! {
+    const CHANNEL: i32 = 3;
+    let raw = channel.into_raw_fd();
+    // SAFETY: plain descriptor calls. Every descriptor from 3 on belongs to values of the
+    // keeper's that this process never touches again, since this function never returns.
+    let channel = unsafe {
+        if raw != CHANNEL {
+            libc::dup2(raw, CHANNEL);
+        }
+        libc::fcntl(CHANNEL, libc::F_SETFD, libc::FD_CLOEXEC);
+        libc::close_range(4, libc::c_uint::MAX, 0);
+        // The life line on 0 is the keeper's alone.
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+        libc::dup2(null, 0);
+        libc::close(null);
+        UnixStream::from_raw_fd(CHANNEL)
+    };
+    if let Ok(name) = CString::new(format!("pollux-{}", host.name)) {
+        let _ = prctl::set_name(&name);
+    }
+    std::process::exit(host_init_main(plan, host, &channel))
+}
+
+fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
+    // SAFETY: no memory is passed. The pid is our own or an unreaped child's.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+    let fd = i32::try_from(fd).unwrap_or(-1);
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
