@@ -73,14 +73,21 @@ impl Block {
     pub fn parse(bytes: &[u8; BLOCK_BYTES]) -> Result<Self, BadBlock> {
         if bytes[..8] != BLOCK_MAGIC {
             let empty = bytes.iter().all(|byte| *byte == 0);
-            return Err(if empty { BadBlock::Empty } else { BadBlock::Magic });
+            return Err(if empty {
+                BadBlock::Empty
+            } else {
+                BadBlock::Magic
+            });
         }
         let words = bytes.as_chunks::<8>().0;
         let word = |n: usize| u64::from_le_bytes(words[n]);
         if checksum(&bytes[..SUM_AT]) != word(SUM_AT / 8) {
             return Err(BadBlock::Checksum);
         }
-        Ok(Self { place: word(1), version: word(2) })
+        Ok(Self {
+            place: word(1),
+            version: word(2),
+        })
     }
 
     /// Check that the bytes hold exactly this block.
@@ -89,7 +96,14 @@ impl Block {
     /// [`BadBlock`] says what they hold instead.
     pub fn check(&self, bytes: &[u8; BLOCK_BYTES]) -> Result<(), BadBlock> {
         let found = Self::parse(bytes)?;
-        if found == *self { Ok(()) } else { Err(BadBlock::Other { found, expected: *self }) }
+        if found == *self {
+            Ok(())
+        } else {
+            Err(BadBlock::Other {
+                found,
+                expected: *self,
+            })
+        }
     }
 }
 
@@ -100,12 +114,24 @@ mod tests {
     #[test]
     fn a_block_is_told_from_a_stale_misplaced_torn_or_missing_one() {
         let mut bytes = [0; BLOCK_BYTES];
-        let block = Block { place: 3, version: 9 };
+        let block = Block {
+            place: 3,
+            version: 9,
+        };
         assert_eq!(block.check(&bytes), Err(BadBlock::Empty));
         block.encode(&mut bytes);
         assert_eq!(block.check(&bytes), Ok(()));
-        let expected = Block { place: 3, version: 10 };
-        assert_eq!(expected.check(&bytes), Err(BadBlock::Other { found: block, expected }));
+        let expected = Block {
+            place: 3,
+            version: 10,
+        };
+        assert_eq!(
+            expected.check(&bytes),
+            Err(BadBlock::Other {
+                found: block,
+                expected
+            })
+        );
         bytes[2048..].fill(0);
         assert_eq!(block.check(&bytes), Err(BadBlock::Checksum));
         bytes[1] = 0;

@@ -21,7 +21,8 @@ pub const DISK_BYTES_MIN: u64 = 8 << 20;
 /// this many slots beyond the last flushed record can be in doubt after a crash.
 pub const GROUP_RECORDS_MAX: u64 = 64;
 
-const _: () = assert!((DISK_BYTES_MIN - RECORDS_OFFSET) / 2 / BLOCK_BYTES as u64 > 4 * GROUP_RECORDS_MAX);
+const _: () =
+    assert!((DISK_BYTES_MIN - RECORDS_OFFSET) / 2 / BLOCK_BYTES as u64 > 4 * GROUP_RECORDS_MAX);
 
 /// A disk too small for the workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +33,11 @@ pub struct DiskTooSmall {
 
 impl fmt::Display for DiskTooSmall {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the workload's disk has {} bytes and needs {DISK_BYTES_MIN} or more", self.bytes)
+        write!(
+            f,
+            "the workload's disk has {} bytes and needs {DISK_BYTES_MIN} or more",
+            self.bytes
+        )
     }
 }
 
@@ -61,7 +66,10 @@ impl Layout {
         let block = BLOCK_BYTES as u64;
         let records_end = RECORDS_OFFSET + (bytes - RECORDS_OFFSET) / 2 / block * block;
         let end = bytes / block * block;
-        Ok(Self { records: RECORDS_OFFSET..records_end, blocks: records_end..end })
+        Ok(Self {
+            records: RECORDS_OFFSET..records_end,
+            blocks: records_end..end,
+        })
     }
 
     /// How many records fit before the ring wraps.
@@ -89,7 +97,12 @@ mod tests {
 
     #[test]
     fn areas_are_aligned_apart_and_within_the_disk() {
-        for bytes in [DISK_BYTES_MIN, DISK_BYTES_MIN + 4095, 256 << 20, (1 << 40) + 512] {
+        for bytes in [
+            DISK_BYTES_MIN,
+            DISK_BYTES_MIN + 4095,
+            256 << 20,
+            (1 << 40) + 512,
+        ] {
             let layout = Layout::for_disk(bytes).unwrap();
             assert!(layout.records.end <= layout.blocks.start && layout.blocks.end <= bytes);
             for edge in [layout.records.end, layout.blocks.start, layout.blocks.end] {
@@ -98,8 +111,15 @@ mod tests {
             assert!(layout.block_slots() > 0);
             let slots = layout.record_slots();
             assert_eq!(layout.record_offset(1), RECORDS_OFFSET);
-            assert_eq!(layout.record_offset(slots + 1), RECORDS_OFFSET, "the ring wraps");
-            assert_eq!(layout.record_offset(slots), layout.records.end - BLOCK_BYTES as u64);
+            assert_eq!(
+                layout.record_offset(slots + 1),
+                RECORDS_OFFSET,
+                "the ring wraps"
+            );
+            assert_eq!(
+                layout.record_offset(slots),
+                layout.records.end - BLOCK_BYTES as u64
+            );
         }
     }
 

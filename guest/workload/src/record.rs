@@ -70,7 +70,12 @@ impl Record {
     pub fn encode(&self, slot: &mut [u8; RECORD_BYTES]) {
         slot[..8].copy_from_slice(&RECORD_MAGIC);
         let fields = [self.number, self.client, self.seq, self.boot, self.mono_ns];
-        for (place, field) in slot[8..FIELDS_BYTES].as_chunks_mut::<8>().0.iter_mut().zip(fields) {
+        for (place, field) in slot[8..FIELDS_BYTES]
+            .as_chunks_mut::<8>()
+            .0
+            .iter_mut()
+            .zip(fields)
+        {
             *place = field.to_le_bytes();
         }
         let seed = checksum(&slot[..FIELDS_BYTES]);
@@ -88,14 +93,24 @@ impl Record {
             slot.try_into().map_err(|_| BadRecord::Length(slot.len()))?;
         if slot[..8] != RECORD_MAGIC {
             let empty = slot.iter().all(|byte| *byte == 0);
-            return Err(if empty { BadRecord::Empty } else { BadRecord::Magic });
+            return Err(if empty {
+                BadRecord::Empty
+            } else {
+                BadRecord::Magic
+            });
         }
         let words = slot.as_chunks::<8>().0;
         let word = |n: usize| u64::from_le_bytes(words[n]);
         if checksum(&slot[..SUM_AT]) != word(SUM_AT / 8) {
             return Err(BadRecord::Checksum);
         }
-        Ok(Self { number: word(1), client: word(2), seq: word(3), boot: word(4), mono_ns: word(5) })
+        Ok(Self {
+            number: word(1),
+            client: word(2),
+            seq: word(3),
+            boot: word(4),
+            mono_ns: word(5),
+        })
     }
 }
 
@@ -215,12 +230,21 @@ mod tests {
     }
 
     fn record(number: u64) -> Record {
-        Record { number, client: 7, seq: number * 3, boot: 1, mono_ns: 99 }
+        Record {
+            number,
+            client: 7,
+            seq: number * 3,
+            boot: 1,
+            mono_ns: 99,
+        }
     }
 
     fn image() -> (Image, Layout) {
         let bytes = usize::try_from(DISK_BYTES_MIN).unwrap();
-        (Image(RefCell::new(vec![0; bytes])), Layout::for_disk(DISK_BYTES_MIN).unwrap())
+        (
+            Image(RefCell::new(vec![0; bytes])),
+            Layout::for_disk(DISK_BYTES_MIN).unwrap(),
+        )
     }
 
     impl Image {
