@@ -1,0 +1,60 @@
+# `make` alone explains. Every target does the set-up it needs; the second time it is free.
+
+CARGO ?= cargo
+# One profile for demo, test and soak (Cargo.toml says why), so nothing is built twice.
+POLLUX = target/debug/pollux
+SEEDS ?= 10000
+
+.PHONY: help setup setup-verify build demo test verify advisories fix bench soak
+
+help:
+	@echo 'pollux keeps a virtual machine running when its host dies.'
+	@echo
+	@echo '  make demo      see it: boots a VM on host A, mirrors it to host B, cuts power to A'
+	@echo '  make test      all tests: pure code, real QEMU, hosts in namespaces (needs root)'
+	@echo
+	@echo '  make setup     what both do first: install missing packages, build the test guest'
+	@echo '  make verify    read-only: format, lints, rooms, licences, docs'
+	@echo '  make fix       writes: format, and the lints that can mend themselves'
+	@echo '  make bench     measure; docs/promises.md holds the numbers'
+	@echo '  make soak      the simulator over many seeds (SEEDS=$(SEEDS))'
+	@echo '  make advisories  known holes in dependencies (asks the network for the list)'
+	@echo
+	@echo 'One test:    cargo test NAME        One seed:  POLLUX_SEED=7 cargo test sim'
+	@echo 'The guest:   guest/smoke            By hand:   cargo run -- help'
+
+setup:
+	@scripts/setup
+
+setup-verify:
+	@scripts/setup verify
+
+build: setup
+	@$(CARGO) build --locked
+
+demo: build
+	@$(POLLUX) demo
+
+test: setup
+	$(CARGO) test --locked --workspace
+
+verify: setup-verify
+	$(CARGO) fmt --all --check
+	scripts/check-rooms
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps --document-private-items --quiet
+	PATH="$(CURDIR)/target/tools/bin:$$PATH" $(CARGO) deny --log-level warn check licenses bans sources
+
+advisories: setup-verify
+	PATH="$(CURDIR)/target/tools/bin:$$PATH" $(CARGO) deny check advisories
+
+fix:
+	$(CARGO) fmt --all
+	$(CARGO) clippy --workspace --all-targets --fix --allow-dirty --allow-staged
+	$(CARGO) fmt --all
+
+bench: setup
+	$(CARGO) bench --locked -p pollux-bench
+
+soak: setup
+	POLLUX_SEEDS=$(SEEDS) $(CARGO) test --locked -p pollux sim -- --nocapture
