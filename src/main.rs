@@ -1,8 +1,15 @@
-//! The one binary.
+//! The one binary: commands, the daemon, and the first processes of a lab.
 
-fn main() {
-    let args: Vec<std::ffi::OsString> = std::env::args_os().skip(1).collect();
-    if let Some(status) = pollux::lab::hidden_main(&args) {
-        std::process::exit(status);
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    // A lab's processes enter namespaces, which only a program without threads may do.
+    for hidden in [pollux::lab::hidden_main, pollux::drill::hidden_main] {
+        if let Some(code) = hidden(&args) {
+            return u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from);
+        }
     }
+    pollux::cli::main(args)
 }

@@ -1,1 +1,153 @@
-//! The commands of the one binary.
+//! The commands of the one binary: parse, ask a daemon, show the answer.
+//!
+//! Every command that shows something takes `--json`; errors go to standard error with
+//! what failed, on what, and what to do; the exit status is 0 only if it was done.
+
+mod lab;
+mod link;
+mod show;
+mod vm;
+
+use crate::api::client::Client;
+use crate::api::types::HostStatus;
+use clap::{CommandFactory, Parser, Subcommand};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// pollux keeps a virtual machine running when its host dies.
+///
+/// On each host runs `pollux daemon`. A VM is created from a spec, started, and mirrored
+/// to the standby on a partner host; when the host dies the standby goes on from the last
+/// committed epoch with the same memory and the same open connections.
+///
+/// First steps on one machine: `pollux demo` shows a failover of a real VM in a lab.
+#[derive(Parser)]
+#[command(name = "pollux", version, propagate_version = true, max_term_width = 100)]
+struct Cli {
+    /// The daemon's API socket.
+    #[arg(long, global = true, env = "POLLUX_API", default_value = crate::api::DEFAULT_SOCKET)]
+    api: PathBuf,
+    /// Print JSON for scripts instead of text for people.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run this host's daemon in the foreground.
+    ///
+    /// Logs go to standard error; RUST_LOG chooses how much (default: info).
+    Daemon {
+        /// The host's configuration.
+        #[arg(long, default_value = "/etc/pollux/host.toml")]
+        config: PathBuf,
+    },
+    /// Show this host, its partners and its VMs, with the age of what is known.
+    Status,
+    /// This host.
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// VMs: create, start, mirror, switch over.
+    #[command(subcommand)]
+    Vm(vm::VmCommand),
+    /// Links to partner hosts.
+    #[command(subcommand)]
+    Link(link::LinkCommand),
+    /// Hosts on this one machine, in namespaces, for trying and drilling.
+    #[command(subcommand)]
+    Lab(lab::LabCommand),
+    /// Rehearsed failures with measurements.
+    #[command(subcommand)]
+    Drill(lab::DrillCommand),
+    /// Cut the power of a lab host under a mirrored VM, and show what happened.
+    Demo,
+    /// Print a completion script for a shell.
+    Completion {
+        /// bash, zsh, fish, elvish or powershell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Subcommand)]
+enum HostCommand {
+    /// Show its name, fingerprint, QEMU, accelerator, and whether it can mirror.
+    Show,
+}
+
+/// Run the command line `args`.
+#[must_use]
+pub fn main(args: Vec<OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(e) => e.exit(),
+    };
+    match run(cli) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("pollux: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let client = Client::new(&cli.api);
+    let json = cli.json;
+    match cli.command {
+        Command::Daemon { config } => {
+            log_to_stderr("info");
+            crate::daemon::run(&config)?;
+        }
+        Command::Status => {
+            let status: HostStatus = block(client.get("/v1/status"))?;
+            if json { print_json(&status)? } else { print!("{}", show::host_status(&status)) }
+        }
+        Command::Host(HostCommand::Show) => {
+            let info: crate::api::types::HostInfo = block(client.get("/v1/host"))?;
+            if json { print_json(&info)? } else { print!("{}", show::host_info(&info)) }
+        }
+        Command::Vm(command) => vm::run(command, &client, json)?,
+        Command::Link(command) => link::run(command, &client, json)?,
+        Command::Lab(command) => return lab::run(command, json),
+        Command::Drill(command) => return lab::drill(command, json),
+        Command::Demo => return lab::demo(json),
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "pollux", &mut std::io::stdout());
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn log_to_stderr(default: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+/// Wait for one exchange with a daemon.
+pub(crate) fn block<T>(exchange: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime without worker threads needs only an epoll descriptor")
+        .block_on(exchange)
+}
+
+fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Cli;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,5 +1,6 @@
 //! The host's configuration file: one TOML file, read once at start.
 
+use crate::mirror::{Micros, Timing};
 use crate::pool::HostName;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -189,6 +190,21 @@ impl HostConfig {
         Ok(())
     }
 
+    /// The times of this host's pairs: the defaults stretched with the detection time.
+    #[must_use]
+    pub fn timing(&self) -> Timing {
+        let base = Timing::DEFAULT;
+        let stretch = |t: Micros| Micros(t.0 * self.detection_ms * 1000 / base.detection.0);
+        Timing {
+            detection: Micros::from_millis(self.detection_ms),
+            claim_delay: stretch(base.claim_delay),
+            lease: stretch(base.lease),
+            release_within: stretch(base.release_within),
+            link_down_bound: stretch(base.link_down_bound),
+            ..base
+        }
+    }
+
     /// Where this host's disk images live; relative disk paths of specs start here.
     #[must_use]
     pub fn images_dir(&self) -> PathBuf {
@@ -249,5 +265,6 @@ mod tests {
     fn defaults_fill_in() {
         let c = parse("name = 'a'\nregistry_dir = 'r'\n").unwrap();
         assert_eq!((c.detection_ms, c.heartbeat_ms, c.qemu_uid), (100, 10, 65_534));
+        assert_eq!(c.timing(), crate::mirror::Timing::DEFAULT);
     }
 }

@@ -8,7 +8,7 @@ use super::partner::{OnPrepare, Partner, PartnerSetup};
 use super::store::Store;
 use super::worker::{self, Begin, Env, Routes, Shared, VmCommand, WorkerConfig, WorkerEvent};
 use crate::api::types::{ApiError, Done, HostInfo, HostStatus, Role, VmStatus};
-use crate::mirror::{ClaimOutcome, Timing, VmRecord};
+use crate::mirror::{ClaimOutcome, VmRecord};
 use crate::pool::spec::{Protection, VmSpec};
 use crate::pool::{Generation, HostName, VmId};
 use crate::registry::{FileRegistry, FileRegistryOptions, Versioned};
@@ -67,15 +67,14 @@ impl Host {
         let accel = probe::probe_accel(&qemu);
         tracing::info!(qemu = %qemu.version, accel = ?accel.accel, "{}", accel.reason);
         let identity = Arc::new(Identity::load_or_create(&config.state_dir.join("identity"))?);
-        let registry = FileRegistry::open(&config.registry_dir, FileRegistryOptions::default())?;
+        let registry = FileRegistry::new(&config.registry_dir, FileRegistryOptions::default());
         let claims = Claims::start(Box::new(registry))?;
         let store = Store::open(&config.state_dir)?;
         let routes = Routes::default();
-        let detection = crate::mirror::Micros::from_millis(config.detection_ms);
         let env = Arc::new(Env {
             qemu: qemu.path.clone(),
             qemu_version: qemu.version.to_string(),
-            timing: Timing::for_detection(detection),
+            timing: config.timing(),
             claims,
             routes,
             peers: Mutex::default(),

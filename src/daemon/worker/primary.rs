@@ -139,12 +139,10 @@ impl PrimarySide {
     pub fn run(mut self, inbox: &Receiver<WorkerEvent>) {
         self.publish(true);
         while !self.over {
-            let wake = self.machine.next_wakeup().map_or(SLEEP_MAX, |at| {
-                Duration::from_micros(at.since(now()).0).min(SLEEP_MAX)
-            });
+            let wake = Duration::from_micros(self.machine.next_wakeup().since(now()).0).min(SLEEP_MAX);
             match inbox.recv_timeout(wake) {
                 Ok(event) => {
-                    let state = self.machine.status().state;
+                    let state = self.machine.status(now()).state;
                     self.event(event);
                     // Whatever waits is taken in before time is told to the machine.
                     while !self.over
@@ -157,7 +155,7 @@ impl PrimarySide {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            let state = self.machine.status().state;
+            let state = self.machine.status(now()).state;
             self.input(PrimaryInput::Tick);
             self.retry();
             self.note_change(state);
@@ -167,7 +165,7 @@ impl PrimarySide {
     }
 
     fn note_change(&mut self, before: PrimaryState) {
-        let status = self.machine.status();
+        let status = self.machine.status(now());
         if status.state != before {
             self.shared.event(format!("{before:?} -> {:?}", status.state).to_lowercase());
             if status.state == PrimaryState::Mirrored {
@@ -184,7 +182,7 @@ impl PrimarySide {
     /// A VM that should be mirrored and is not is tried again while its partner is there.
     fn retry(&mut self) {
         let Some(partner) = self.wanted.clone() else { return };
-        if self.over || self.machine.status().state != PrimaryState::Solo || now() < self.retry_at {
+        if self.over || self.machine.status(now()).state != PrimaryState::Solo || now() < self.retry_at {
             return;
         }
         if self.env.peer(&partner).is_some_and(|p| p.interconnect.session().is_some()) {
@@ -216,7 +214,7 @@ impl PrimarySide {
     fn concerns(&self, partner: &HostName) -> bool {
         match &self.attempt {
             Some(attempt) => attempt.peer.name == *partner,
-            None => self.machine.status().partner.as_ref() == Some(partner),
+            None => self.machine.status(now()).partner.as_ref() == Some(partner),
         }
     }
 
@@ -276,7 +274,7 @@ impl PrimarySide {
     }
 
     fn command(&mut self, command: VmCommand) -> Result<(), String> {
-        let status = self.machine.status();
+        let status = self.machine.status(now());
         match command {
             VmCommand::Protect(partner) => {
                 if status.state != PrimaryState::Solo {
@@ -366,10 +364,10 @@ impl PrimarySide {
 
     /// Tell the machine, carry out what it says.
     pub(super) fn input(&mut self, input: PrimaryInput) {
-        self.machine.handle(now(), input);
+        self.machine.handle(input, now());
         while let Some(action) = self.machine.poll_action() {
             if let Some(answer) = self.carry_out(action) {
-                self.machine.handle(now(), answer);
+                self.machine.handle(answer, now());
             }
         }
     }
@@ -528,7 +526,7 @@ impl PrimarySide {
             tracing::warn!(%epoch, "the sender has ended; its reason came before");
         }
         let permille = self.busy.permille();
-        self.machine.handle(now(), PrimaryInput::GuestBusy { permille });
+        self.machine.handle(PrimaryInput::GuestBusy { permille }, now());
         PrimaryInput::CutDone { epoch, pause: Micros(cut.timings.pause_us), bytes, pages }
     }
 
@@ -573,7 +571,7 @@ impl PrimarySide {
             PrimaryEnd::HandedOver { to } => format!("handed over to {to}"),
             PrimaryEnd::GuestGone => "stands down: the guest is gone".into(),
         };
-        let generation = self.machine.status().generation;
+        let generation = self.machine.status(now()).generation;
         for port in &self.parts.ports {
             if let Err(e) = port.set_mode(NetMode::Stopped, generation) {
                 tracing::error!("a port cannot be stopped: {e}");
@@ -615,7 +613,7 @@ impl PrimarySide {
             self.measured_at = at;
             self.resident_bytes = super::busy::resident_bytes(self.parts.qemu.pid());
         }
-        let status = self.machine.status();
+        let status = self.machine.status(now());
         let warnings = self.warnings(&status);
         self.shared.update(|s| {
             s.role = Role::Primary;

@@ -184,14 +184,8 @@ impl Seeder {
         let mut status = self.progress.clone();
         let outcome = seed(
             &mut self.job.tracker,
-            &limits,
-            |progress| {
-                status.round = progress.round;
-                status.done_bytes = disk_bytes + progress.bytes_done;
-                status.total_bytes = disk_bytes + progress.bytes_total;
-                shared.seeding(&status);
-            },
-            |index, page: &Page| -> Result<(), String> {
+            limits,
+            &mut |index, page: &Page| -> Result<(), String> {
                 if abort.load(Ordering::Relaxed) {
                     return Err("given up".into());
                 }
@@ -204,6 +198,12 @@ impl Seeder {
                 }
                 batch.push((index, *page));
                 if batch.len() == BATCH_PAGES_MAX { flush(&mut batch) } else { Ok(()) }
+            },
+            &mut |progress| {
+                status.round = progress.round;
+                status.done_bytes = disk_bytes + progress.bytes_done;
+                status.total_bytes = disk_bytes + progress.bytes_total;
+                shared.seeding(&status);
             },
         )
         .map_err(|e| e.to_string())?;

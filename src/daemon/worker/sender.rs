@@ -211,8 +211,8 @@ pub fn to_wire(disk: usize, write: DiskWrite) -> codec::DiskWrite {
         offset: write.offset,
         op: match write.data {
             WriteData::Data(bytes) => DiskOp::Data(bytes),
-            WriteData::Zero(n) => DiskOp::Zero(n),
-            WriteData::Trim(n) => DiskOp::Trim(n),
+            WriteData::Zero(n) => DiskOp::Zero { length: n },
+            WriteData::Trim(n) => DiskOp::Trim { length: n },
         },
     }
 }
@@ -221,8 +221,8 @@ pub fn to_wire(disk: usize, write: DiskWrite) -> codec::DiskWrite {
 pub fn from_wire(write: codec::DiskWrite) -> (usize, DiskWrite) {
     let data = match write.op {
         DiskOp::Data(bytes) => WriteData::Data(bytes),
-        DiskOp::Zero(n) => WriteData::Zero(n),
-        DiskOp::Trim(n) => WriteData::Trim(n),
+        DiskOp::Zero { length } => WriteData::Zero(length),
+        DiskOp::Trim { length } => WriteData::Trim(length),
     };
     (usize::from(write.disk), DiskWrite { offset: write.offset, data })
 }

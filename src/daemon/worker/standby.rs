@@ -182,17 +182,15 @@ impl<'a> StandbySide<'a> {
         self.input(StandbyInput::ShellReady);
         self.publish(true);
         while !self.over && self.promoted.is_none() {
-            let wake = self.machine.next_wakeup().map_or(SLEEP_MAX, |at| {
-                Duration::from_micros(at.since(now()).0).min(SLEEP_MAX)
-            });
-            let state = self.machine.status().state;
+            let wake = Duration::from_micros(self.machine.next_wakeup().since(now()).0).min(SLEEP_MAX);
+            let state = self.machine.status(now()).state;
             match inbox.recv_timeout(wake) {
                 Ok(event) => self.event(event),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             self.input(StandbyInput::Tick);
-            let after = self.machine.status().state;
+            let after = self.machine.status(now()).state;
             if after != state {
                 self.shared.event(format!("{state:?} -> {after:?}").to_lowercase());
             }
@@ -303,10 +301,10 @@ impl<'a> StandbySide<'a> {
     }
 
     fn input(&mut self, input: StandbyInput) {
-        self.machine.handle(now(), input);
+        self.machine.handle(input, now());
         while let Some(action) = self.machine.poll_action() {
             if let Some(answer) = self.carry_out(action) {
-                self.machine.handle(now(), answer);
+                self.machine.handle(answer, now());
             }
         }
     }
@@ -355,6 +353,10 @@ impl<'a> StandbySide<'a> {
                     }
                 };
                 self.shared.event(format!("standby stands down: {words}"));
+            }
+            StandbyAction::TellBroken { reason } => {
+                self.shared.event(format!("standby broken: {reason}"));
+                self.peer.say(vm, self.generation, &ControlMsg::StandbyGone { reason });
             }
             StandbyAction::Alert(alert) => match alert {
                 Alert::Refused { what, reason } => {
@@ -482,7 +484,7 @@ impl<'a> StandbySide<'a> {
             self.resident_bytes =
                 super::busy::private_bytes(self.parts.qemu.pid()).map(|qemu| qemu + file + held);
         }
-        let status = self.machine.status();
+        let status = self.machine.status(now());
         self.shared.update(|s| {
             s.role = Role::Standby;
             s.state = format!("{:?}", status.state).to_lowercase();
