@@ -8,8 +8,10 @@
 //! Must never: change a running VM's memory, decide who may run a VM, or start a
 //! QEMU that could outlive the daemon.
 
+pub mod accel;
 pub mod admission;
 pub mod argv;
+pub mod probe;
 pub mod process;
 pub mod qmp;
 pub mod room;

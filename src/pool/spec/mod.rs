@@ -25,7 +25,7 @@ pub use error::{Problem, SpecError, SpecProblem};
 pub use read::{SPEC_TEXT_BYTES_MAX, SpecNote};
 pub use values::{
     AccelChoice, BadValue, CpuModel, Disk, DiskKind, Durability, MacAddr, Machine, MachineFamily,
-    MemoryBytes, MirrorPolicy, Nic, Protection, SizeBytes, Transport, VmName,
+    MemoryBytes, MirrorPolicy, Nic, Protection, SizeBytes, Transport, VmName, version_key,
 };
 
 use super::VmId;
