@@ -463,3 +463,127 @@ pub fn patch_state_clock(
     );
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STATE: TimerState = TimerState {
+        ticks: 0x1122_3344_5566,
+        clock_ns: 0x0077_8899_aabb,
+    };
+
+    fn data(words: &[(usize, i64)]) -> Vec<u8> {
+        let mut data = vec![0; 0x200];
+        for &(at, value) in words {
+            data[at..at + 8].copy_from_slice(&value.to_ne_bytes());
+        }
+        data
+    }
+
+    fn search(words: &[(usize, i64)]) -> Result<u64, ClockError> {
+        let mut hits = Hits::default();
+        hits.search(&data(words), 0x5000, STATE);
+        hits.only_pair()
+    }
+
+    #[test]
+    fn one_pair_at_the_known_distance_is_found() {
+        let pair = [(0x40, STATE.ticks), (0x70, STATE.clock_ns)];
+        assert_eq!(search(&pair).expect("found"), 0x5040);
+        let with_prev = [(0x38, STATE.ticks), pair[0], pair[1]];
+        assert_eq!(search(&with_prev).expect("found"), 0x5040);
+    }
+
+    #[test]
+    fn anything_else_is_not_sure() {
+        let (t, c) = (STATE.ticks, STATE.clock_ns);
+        for words in [
+            &[][..],
+            &[(0x40, t)],
+            &[(0x70, c)],
+            &[(0x40, t), (0x78, c)],
+            &[(0x40, t), (0x70, c), (0x100, c)],
+            &[(0x40, t), (0x70, c), (0x100, t)],
+            &[(0x40, t), (0x70, c), (0x100, t), (0x130, c)],
+        ] {
+            assert!(search(words).is_err(), "{words:x?}");
+        }
+    }
+
+    #[test]
+    fn only_the_binarys_own_data_is_searched() {
+        let maps = "\
+555500000000-555500100000 r-xp 00000000 fd:01 7 /usr/bin/my qemu
+555500100000-555500180000 r--p 00100000 fd:01 7 /usr/bin/my qemu
+555500180000-555500200000 rw-p 00180000 fd:01 7 /usr/bin/my qemu
+555500200000-555500280000 rw-p 00000000 00:00 0 
+555500290000-5555002a0000 rw-p 00000000 00:00 0 
+555501000000-555501100000 rw-p 00000000 00:00 0 [heap]
+7f0000000000-7f0010000000 rw-s 00000000 00:19 9 /dev/shm/ram
+7f0020000000-7f0020100000 rw-p 00000000 fd:01 8 /usr/lib/libc.so.6
+nonsense
+";
+        let found = writable_data(maps, "/usr/bin/my qemu");
+        let expected = [
+            0x5555_0018_0000..0x5555_0020_0000,
+            0x5555_0020_0000..0x5555_0028_0000,
+        ];
+        assert_eq!(found, expected);
+    }
+
+    fn state() -> Vec<u8> {
+        let mut state = b"QEVM\0\0\0\x03\x04\0\0\0\x01\x05timer\0\0\0\0\0\0\0\x02".to_vec();
+        state.extend(STATE.ticks.to_be_bytes());
+        state.extend([0; 8]);
+        state.extend(STATE.clock_ns.to_be_bytes());
+        state.extend(b"rest");
+        state
+    }
+
+    #[test]
+    fn a_patched_state_is_later_by_the_time_given() {
+        let mut patched = state();
+        assert_eq!(TimerState::of(&patched), Ok(STATE));
+        patch_state_clock(&mut patched, 50_000_000, 2_600_000_000).expect("a state");
+        let later = TimerState::of(&patched).expect("a state");
+        assert_eq!(later.clock_ns - STATE.clock_ns, 50_000_000);
+        assert_eq!(later.ticks - STATE.ticks, 130_000_000);
+        let same = |range: std::ops::Range<usize>| patched[range.clone()] == state()[range];
+        assert!(same(0..27) && same(35..43) && same(51..55));
+    }
+
+    #[test]
+    fn a_strange_state_is_not_patched() {
+        let good = state();
+        for end in 0..51 {
+            let mut short = good[..end].to_vec();
+            assert!(patch_state_clock(&mut short, 1, 1).is_err(), "{end}");
+            assert_eq!(short, good[..end]);
+        }
+        let mut other = good;
+        other[14] = b'T';
+        assert!(patch_state_clock(&mut other, 1, 1).is_err());
+    }
+
+    #[test]
+    fn the_lead_is_undone_at_the_same_instant() {
+        let host = HostInstant::now();
+        let lead = Lead::of(STATE, host);
+        assert_eq!(lead.guest_at(host), STATE);
+        let later = HostInstant {
+            ticks: host.ticks + 26,
+            monotonic_ns: host.monotonic_ns + 10,
+        };
+        assert_eq!(lead.guest_at(later).clock_ns, STATE.clock_ns + 10);
+        assert_eq!(lead.guest_at(later).ticks, STATE.ticks + 26);
+    }
+
+    /// A process that is no QEMU: its memory holds no such pair, so nothing is found.
+    #[test]
+    fn a_process_that_is_no_qemu_is_left_alone() {
+        let error = ClockRepair::find(std::process::id(), &state(), HostInstant::now())
+            .expect_err("this is a test binary");
+        assert!(matches!(error, ClockError::NotFound { .. }), "{error}");
+    }
+}

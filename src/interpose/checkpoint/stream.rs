@@ -283,3 +283,93 @@ fn ram_body(cursor: &mut Cursor<'_>) -> Result<(), StreamError> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn section(kind: u8, name: &[u8]) -> Vec<u8> {
+        let len = u8::try_from(name.len()).expect("short");
+        let mut bytes = vec![kind, 0, 0, 0, 2, len];
+        bytes.extend_from_slice(name);
+        bytes.extend_from_slice(&[0, 0, 0, 0, 0, 0, 0, 4]);
+        bytes
+    }
+
+    /// A stream with one shared and one other block, as x-ignore-shared writes it.
+    fn sample() -> (Vec<u8>, usize) {
+        let mut bytes = b"QEVM\0\0\0\x03".to_vec();
+        bytes.extend(section(SECTION_START, b"ram"));
+        bytes.extend((0x3000 | FLAG_MEM_SIZE).to_be_bytes());
+        for (name, length) in [(b"ram0", 0x1000u64), (b"rom0", 0x2000)] {
+            bytes.push(4);
+            bytes.extend(name);
+            bytes.extend(length.to_be_bytes());
+            bytes.extend(0xfee0_0000u64.to_be_bytes());
+        }
+        bytes.extend(FLAG_EOS.to_be_bytes());
+        bytes.extend([FOOTER, 0, 0, 0, 2]);
+        bytes.extend([SECTION_PART, 0, 0, 0, 2]);
+        bytes.extend(FLAG_PAGE.to_be_bytes());
+        bytes.extend(b"\x04rom0");
+        // A page that looks like the head of section timer must not fool the reader.
+        let mut page = section(SECTION_FULL, FIRST_DEVICE);
+        page.resize(PAGE_BYTES, 0);
+        bytes.extend(page);
+        bytes.extend((0x1000 | FLAG_ZERO | FLAG_CONTINUE).to_be_bytes());
+        bytes.push(0);
+        bytes.extend(FLAG_EOS.to_be_bytes());
+        bytes.extend([FOOTER, 0, 0, 0, 2]);
+        bytes.extend([SECTION_END, 0, 0, 0, 2]);
+        bytes.extend(FLAG_EOS.to_be_bytes());
+        bytes.extend([FOOTER, 0, 0, 0, 2]);
+        let at = bytes.len();
+        bytes.extend(section(SECTION_FULL, FIRST_DEVICE));
+        bytes.extend([0; 24]);
+        (bytes, at)
+    }
+
+    #[test]
+    fn the_device_sections_are_found_behind_ram() {
+        let (bytes, at) = sample();
+        assert_eq!(device_sections_at(&bytes), Ok(at));
+    }
+
+    #[test]
+    fn a_stream_cut_anywhere_is_truncated_and_nothing_else() {
+        let (bytes, at) = sample();
+        for end in 0..bytes.len() - 24 {
+            let result = device_sections_at(&bytes[..end]);
+            let Err(StreamError::Truncated { what, .. }) = result else {
+                panic!("cut at {end}: {result:?}");
+            };
+            assert_eq!(what == SECTION_TYPE && end == at, end == at);
+        }
+    }
+
+    #[test]
+    fn other_streams_are_named() {
+        let error = device_sections_at(b"QEVM\0\0\0\x02").expect_err("old");
+        assert!(matches!(error, StreamError::NotAStream { version: 2, .. }));
+        let error = device_sections_at(b"QEVM\0\0\0\x03\x07").expect_err("configuration");
+        assert!(error.to_string().contains("send-configuration=off"));
+        let mut block = b"QEVM\0\0\0\x03".to_vec();
+        block.extend(section(SECTION_START, b"block"));
+        let error = device_sections_at(&block).expect_err("block");
+        assert!(error.to_string().contains("`block`"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_input_panics(flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..8)) {
+            let (mut bytes, _) = sample();
+            for (at, value) in flips {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            let _ = device_sections_at(&bytes);
+            let _ = at_timer_body(&bytes);
+        }
+    }
+}

@@ -22,8 +22,8 @@ const BOOTS_AT: u64 = 0x1008;
 /// Guest address of the guest's last `rdtsc`.
 const TICKS_AT: u64 = 0x1010;
 
-/// The firmware. The reset vector is 16 bytes below the end; it jumps to offset 0.
-fn firmware() -> Vec<u8> {
+/// The firmware, or one that halts at once and so leaves the CPUs alone. The reset vector is 16 bytes below the end; it jumps to offset 0.
+fn firmware(idle: bool) -> Vec<u8> {
     const CODE: [u8; 27] = [
         0x31, 0xc0, // xor ax, ax
         0x8e, 0xd8, // mov ds, ax
@@ -35,8 +35,10 @@ fn firmware() -> Vec<u8> {
         0xeb, 0xee, // jmp again
     ];
     let mut rom = vec![0xf4; 64 * 1024];
-    rom[..CODE.len()].copy_from_slice(&CODE);
-    rom[0xfff0..0xfff3].copy_from_slice(&[0xe9, 0x0d, 0x00]);
+    if !idle {
+        rom[..CODE.len()].copy_from_slice(&CODE);
+        rom[0xfff0..0xfff3].copy_from_slice(&[0xe9, 0x0d, 0x00]);
+    }
     rom
 }
 
@@ -48,21 +50,26 @@ pub(super) struct TestVm {
 
 impl TestVm {
     pub(super) fn primary(machine: &str, extra: &[&str]) -> Self {
-        Self::start(machine, extra, None)
+        Self::start(machine, extra, None, false)
+    }
+
+    /// A primary whose guest does nothing, for measurements.
+    pub(super) fn idle(machine: &str, extra: &[&str]) -> Self {
+        Self::start(machine, extra, None, true)
     }
 
     /// A standby whose RAM file holds `ram`.
     pub(super) fn standby(machine: &str, extra: &[&str], ram: &[u8]) -> Self {
-        Self::start(machine, extra, Some(ram))
+        Self::start(machine, extra, Some(ram), false)
     }
 
-    fn start(machine: &str, extra: &[&str], incoming: Option<&[u8]>) -> Self {
+    fn start(machine: &str, extra: &[&str], incoming: Option<&[u8]>, idle: bool) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("pollux-cut-")
             .tempdir_in("/dev/shm")
             .expect("a folder in /dev/shm");
         let path = |name: &str| dir.path().join(name).display().to_string();
-        fs::write(path("bios"), firmware()).expect("firmware");
+        fs::write(path("bios"), firmware(idle)).expect("firmware");
         let ram = File::create(path("ram")).expect("RAM file");
         ram.set_len(RAM_MIB << 20).expect("RAM size");
         let mut command = Command::new("qemu-system-x86_64");

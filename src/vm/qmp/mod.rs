@@ -264,10 +264,14 @@ impl Qmp {
     /// # Errors
     /// If the connection is lost; events that came before it are handed out first.
     pub fn poll_event(&mut self) -> Result<Option<QmpEvent>, QmpError> {
+        let mut taken = Ok(());
         if self.events.is_empty() {
-            self.take_in("(events)")?;
+            taken = self.take_in("(events)");
         }
-        Ok(self.events.pop_front())
+        match self.events.pop_front() {
+            Some(event) => Ok(Some(event)),
+            None => taken.map(|()| None),
+        }
     }
 
     /// Waits for an event called `name` and returns it; other events stay queued.
@@ -277,16 +281,14 @@ impl Qmp {
     pub fn wait_event(&mut self, name: &str, within: Duration) -> Result<QmpEvent, QmpError> {
         let end = Instant::now() + within;
         loop {
+            let taken = self.take_in(name);
             if let Some(at) = self.events.iter().position(|event| event.name == name)
                 && let Some(event) = self.events.remove(at)
             {
                 return Ok(event);
             }
-            let queued = self.events.len() as u64 + self.events_dropped;
-            self.take_in(name)?;
-            if self.events.len() as u64 + self.events_dropped == queued {
-                self.wait(name, libc::POLLIN, within, end)?;
-            }
+            taken?;
+            self.wait(name, libc::POLLIN, within, end)?;
         }
     }
 
