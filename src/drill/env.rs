@@ -28,7 +28,10 @@ pub struct EnvError {
 impl EnvError {
     /// An error of this step.
     pub fn new(step: impl Into<String>, message: impl std::fmt::Display) -> Self {
-        Self { step: step.into(), message: message.to_string() }
+        Self {
+            step: step.into(),
+            message: message.to_string(),
+        }
     }
 }
 

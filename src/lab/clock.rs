@@ -5,7 +5,9 @@ use std::time::Duration;
 
 /// An instant: nanoseconds of `CLOCK_MONOTONIC`. Comparable between all processes of
 /// one machine (a lab has no time namespaces), never between machines.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct MonotonicNs(pub u64);
 
@@ -13,7 +15,10 @@ impl MonotonicNs {
     /// Now.
     #[must_use]
     pub fn now() -> Self {
-        let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut t = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
         // SAFETY: `t` is a live timespec that the call fills; CLOCK_MONOTONIC always exists.
         unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut t) };
         Self(t.tv_sec.unsigned_abs() * 1_000_000_000 + t.tv_nsec.unsigned_abs())

@@ -49,7 +49,9 @@ pub(super) fn look(dir: &Path) -> Result<Found, LabError> {
                     Err(e) => Err(LabError::io(format!("reading {}", dir.display()))(e)),
                     Ok(mut entries) => match entries.next() {
                         None => Ok(Found::Nothing),
-                        Some(_) => Err(LabError::ForeignDir { dir: dir.to_owned() }),
+                        Some(_) => Err(LabError::ForeignDir {
+                            dir: dir.to_owned(),
+                        }),
                     },
                 };
             }
@@ -57,7 +59,9 @@ pub(super) fn look(dir: &Path) -> Result<Found, LabError> {
         };
         match lock.try_lock() {
             Err(TryLockError::WouldBlock) => return Ok(Found::Alive),
-            Err(TryLockError::Error(e)) => return Err(LabError::io(format!("locking {}", path.display()))(e)),
+            Err(TryLockError::Error(e)) => {
+                return Err(LabError::io(format!("locking {}", path.display()))(e));
+            }
             // Another one may have removed the directory between open and lock.
             Ok(()) if still_there(&lock, &path) => return Ok(Found::Stale(lock)),
             Ok(()) => {}
@@ -77,16 +81,27 @@ pub(super) fn claim(plan: &LabPlan) -> Result<File, LabError> {
     let dir = &plan.dir;
     let lock = loop {
         match look(dir)? {
-            Found::Alive => return Err(LabError::NameTaken { name: plan.name.clone(), dir: dir.clone() }),
+            Found::Alive => {
+                return Err(LabError::NameTaken {
+                    name: plan.name.clone(),
+                    dir: dir.clone(),
+                });
+            }
             Found::Stale(lock) => {
                 empty(dir, true)?;
                 break lock;
             }
             Found::Nothing => {
-                fs::create_dir_all(dir).map_err(LabError::io(format!("making {}", dir.display())))?;
+                fs::create_dir_all(dir)
+                    .map_err(LabError::io(format!("making {}", dir.display())))?;
                 let path = dir.join(LOCK_FILE);
                 // Whoever makes the file first goes on; the other one looks again.
-                match File::options().read(true).write(true).create_new(true).open(&path) {
+                match File::options()
+                    .read(true)
+                    .write(true)
+                    .create_new(true)
+                    .open(&path)
+                {
                     Ok(lock) if lock.try_lock().is_ok() && still_there(&lock, &path) => break lock,
                     Ok(_) => {}
                     Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
@@ -106,8 +121,10 @@ pub(super) fn claim(plan: &LabPlan) -> Result<File, LabError> {
 
 fn write_plan(plan: &LabPlan) -> Result<(), LabError> {
     let path = plan.dir.join(PLAN_FILE);
-    let text = serde_json::to_vec_pretty(plan)
-        .map_err(|e| LabError::Io { what: format!("writing {}", path.display()), source: e.into() })?;
+    let text = serde_json::to_vec_pretty(plan).map_err(|e| LabError::Io {
+        what: format!("writing {}", path.display()),
+        source: e.into(),
+    })?;
     fs::write(&path, text).map_err(LabError::io(format!("writing {}", path.display())))
 }
 
@@ -115,7 +132,10 @@ fn write_plan(plan: &LabPlan) -> Result<(), LabError> {
 pub(super) fn read_plan(dir: &Path) -> Result<LabPlan, LabError> {
     let path = dir.join(PLAN_FILE);
     let text = fs::read(&path).map_err(LabError::io(format!("reading {}", path.display())))?;
-    serde_json::from_slice(&text).map_err(|e| LabError::Io { what: format!("reading {}", path.display()), source: e.into() })
+    serde_json::from_slice(&text).map_err(|e| LabError::Io {
+        what: format!("reading {}", path.display()),
+        source: e.into(),
+    })
 }
 
 /// Remove everything in a lab's directory, and the directory unless `keep_lock`. The
@@ -129,9 +149,15 @@ pub(super) fn empty(dir: &Path, keep_lock: bool) -> Result<(), LabError> {
         }
         let path = entry.path();
         let is_dir = entry.file_type().is_ok_and(|t| t.is_dir());
-        let removed = if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        let removed = if is_dir {
+            fs::remove_dir_all(&path)
+        } else {
+            fs::remove_file(&path)
+        };
         match removed {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(LabError::io(format!("removing {}", path.display()))(e)),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(LabError::io(format!("removing {}", path.display()))(e));
+            }
             _ => {}
         }
     }
@@ -140,7 +166,9 @@ pub(super) fn empty(dir: &Path, keep_lock: bool) -> Result<(), LabError> {
     }
     for removed in [fs::remove_file(dir.join(LOCK_FILE)), fs::remove_dir(dir)] {
         match removed {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(LabError::io(format!("removing {}", dir.display()))(e)),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(LabError::io(format!("removing {}", dir.display()))(e));
+            }
             _ => {}
         }
     }
@@ -179,7 +207,10 @@ mod tests {
         assert!(matches!(claim(&plan), Err(LabError::NameTaken { .. })));
         drop(lock);
         let _again = claim(&plan).unwrap();
-        assert!(!plan.hosts[0].state_dir.join("disk").exists(), "remains of the crashed lab");
+        assert!(
+            !plan.hosts[0].state_dir.join("disk").exists(),
+            "remains of the crashed lab"
+        );
         assert_eq!(read_plan(&plan.dir).unwrap().hosts, plan.hosts);
     }
 

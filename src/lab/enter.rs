@@ -24,14 +24,21 @@ use std::process::Command;
 ///
 /// # Panics
 /// If `work` does.
-pub fn in_network<T: Send>(place: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> Result<T, LabError> {
+pub fn in_network<T: Send>(
+    place: BorrowedFd<'_>,
+    work: impl FnOnce() -> T + Send,
+) -> Result<T, LabError> {
     std::thread::scope(|scope| {
         let thread = scope.spawn(move || {
-            setns(place, CloneFlags::CLONE_NEWNET)
-                .map_err(|e| LabError::Io { what: "entering the network of a lab's place".into(), source: e.into() })?;
+            setns(place, CloneFlags::CLONE_NEWNET).map_err(|e| LabError::Io {
+                what: "entering the network of a lab's place".into(),
+                source: e.into(),
+            })?;
             Ok(work())
         });
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
 
@@ -44,7 +51,10 @@ pub fn in_network<T: Send>(place: BorrowedFd<'_>, work: impl FnOnce() -> T + Sen
 pub fn exec_main(args: &[OsString]) -> i32 {
     const NOT_ENTERED: i32 = 125;
     let [dir, place, program, rest @ ..] = args else {
-        eprintln!("usage: pollux {} DIR PLACE PROGRAM [ARGS]", super::EXEC_COMMAND);
+        eprintln!(
+            "usage: pollux {} DIR PLACE PROGRAM [ARGS]",
+            super::EXEC_COMMAND
+        );
         return NOT_ENTERED;
     };
     match exec(Path::new(dir), &place.to_string_lossy(), program, rest) {
@@ -57,17 +67,28 @@ pub fn exec_main(args: &[OsString]) -> i32 {
 }
 
 fn exec(dir: &Path, place: &str, program: &OsString, args: &[OsString]) -> Result<i32, LabError> {
-    let place: Place = place.parse().map_err(|e: crate::pool::host::BadHostName| LabError::Spec(e.to_string()))?;
+    let place: Place = place
+        .parse()
+        .map_err(|e: crate::pool::host::BadHostName| LabError::Spec(e.to_string()))?;
     let fd = Lab::open_at(dir)?.place_fd(&place)?;
     let here = std::env::current_dir().unwrap_or_else(|_| "/".into());
-    let all = CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWUTS;
-    setns(&fd, all).map_err(|e| LabError::Io { what: format!("entering {place}"), source: e.into() })?;
+    let all = CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWUTS;
+    setns(&fd, all).map_err(|e| LabError::Io {
+        what: format!("entering {place}"),
+        source: e.into(),
+    })?;
     // Joining a mount namespace moves us to its root.
     let _ = std::env::set_current_dir(here);
     let (watch, alive) = io::pipe().map_err(LabError::io("making a pipe"))?;
     // A pid namespace is joined by the children only, hence the fork.
     // SAFETY: this process has one thread.
-    match unsafe { fork() }.map_err(|e| LabError::Io { what: "forking".into(), source: e.into() })? {
+    match unsafe { fork() }.map_err(|e| LabError::Io {
+        what: "forking".into(),
+        source: e.into(),
+    })? {
         ForkResult::Child => {
             drop(alive);
             let _ = prctl::set_pdeathsig(Signal::SIGKILL);
@@ -86,7 +107,12 @@ fn exec(dir: &Path, place: &str, program: &OsString, args: &[OsString]) -> Resul
                     Ok(WaitStatus::Exited(_, code)) => return Ok(code),
                     Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as i32),
                     Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                    Err(e) => return Err(LabError::Io { what: "waiting for the program".into(), source: e.into() }),
+                    Err(e) => {
+                        return Err(LabError::Io {
+                            what: "waiting for the program".into(),
+                            source: e.into(),
+                        });
+                    }
                 }
             }
         }

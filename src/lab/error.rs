@@ -70,7 +70,9 @@ pub enum LabError {
         log: PathBuf,
     },
     /// The keeper could not be talked to.
-    #[error("lab `{lab}`: cannot talk to its keeper: {source}; if it hangs, `pollux lab down {lab}`")]
+    #[error(
+        "lab `{lab}`: cannot talk to its keeper: {source}; if it hangs, `pollux lab down {lab}`"
+    )]
     Control {
         /// The lab's name.
         lab: String,

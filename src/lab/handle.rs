@@ -3,7 +3,7 @@
 use super::clock::MonotonicNs;
 use super::dir::{self, Found, TakenDown};
 use super::spec::{HostNet, KeepPolicy, LabPlan, LabSpec, Place, check_name, default_dir};
-use super::wire::{LabStatus, LinkName, Process, Reply, Request, receive, send};
+use super::wire::{Addressed, LabStatus, LinkName, Process, Reply, Request, receive, send};
 use super::{EXEC_COMMAND, KEEPER_COMMAND, LabError, net};
 use crate::pool::HostName;
 use std::ffi::OsStr;
@@ -51,11 +51,20 @@ impl Lab {
         let lock = dir::claim(&plan)?;
         for host in &plan.hosts {
             let text = (spec.host_config)(&host.name, host);
-            fs::write(&host.config_file, text).map_err(LabError::io(format!("writing {}", host.config_file.display())))?;
+            fs::write(&host.config_file, text).map_err(LabError::io(format!(
+                "writing {}",
+                host.config_file.display()
+            )))?;
         }
-        let log = File::create(plan.keeper_log()).map_err(LabError::io(format!("making {}", plan.keeper_log().display())))?;
-        let log2 = log.try_clone().map_err(LabError::io("opening the keeper's log"))?;
-        let (life, theirs) = UnixStream::pair().map_err(LabError::io("making the keeper's life line"))?;
+        let log = File::create(plan.keeper_log()).map_err(LabError::io(format!(
+            "making {}",
+            plan.keeper_log().display()
+        )))?;
+        let log2 = log
+            .try_clone()
+            .map_err(LabError::io("opening the keeper's log"))?;
+        let (life, theirs) =
+            UnixStream::pair().map_err(LabError::io("making the keeper's life line"))?;
         let mut launcher = Command::new(&spec.program)
             .arg(KEEPER_COMMAND)
             .stdin(OwnedFd::from(theirs))
@@ -63,7 +72,10 @@ impl Lab {
             .stderr(log2)
             .current_dir("/")
             .spawn()
-            .map_err(LabError::io(format!("starting the keeper, {}", spec.program.display())))?;
+            .map_err(LabError::io(format!(
+                "starting the keeper, {}",
+                spec.program.display()
+            )))?;
         let started = life
             .set_read_timeout(Some(UP_TIMEOUT))
             .and_then(|()| send(&life, &plan, Some(lock.as_fd())))
@@ -78,10 +90,20 @@ impl Lab {
         if let Some((step, message)) = problem {
             let _ = launcher.kill();
             let _ = launcher.wait();
-            return Err(LabError::Keeper { lab: plan.name.clone(), step, message, log: plan.keeper_log() });
+            return Err(LabError::Keeper {
+                lab: plan.name.clone(),
+                step,
+                message,
+                log: plan.keeper_log(),
+            });
         }
         let attached = plan.keep == KeepPolicy::WithCreator;
-        Ok(Self { plan, program: spec.program, life: attached.then_some(life), launcher: Some(launcher) })
+        Ok(Self {
+            plan,
+            program: spec.program,
+            life: attached.then_some(life),
+            launcher: Some(launcher),
+        })
     }
 
     /// Finds the lab of this name in its default directory.
@@ -98,18 +120,39 @@ impl Lab {
     /// # Errors
     /// [`LabError::NotUp`] if none lives there.
     pub fn open_at(dir: &Path) -> Result<Self, LabError> {
-        let not_up = || LabError::NotUp { name: name_of(dir), dir: dir.to_owned() };
+        let not_up = || LabError::NotUp {
+            name: name_of(dir),
+            dir: dir.to_owned(),
+        };
         let plan = dir::read_plan(dir).map_err(|e| match e {
             LabError::Io { ref source, .. } if source.kind() == io::ErrorKind::NotFound => not_up(),
             other => other,
         })?;
         match UnixStream::connect(plan.socket()) {
             Ok(_) => {}
-            Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => return Err(not_up()),
-            Err(source) => return Err(LabError::Control { lab: plan.name, source }),
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+                ) =>
+            {
+                return Err(not_up());
+            }
+            Err(source) => {
+                return Err(LabError::Control {
+                    lab: plan.name,
+                    source,
+                });
+            }
         }
-        let program = std::env::current_exe().map_err(LabError::io("reading the path of the running program"))?;
-        Ok(Self { plan, program, life: None, launcher: None })
+        let program = std::env::current_exe()
+            .map_err(LabError::io("reading the path of the running program"))?;
+        Ok(Self {
+            plan,
+            program,
+            life: None,
+            launcher: None,
+        })
     }
 
     /// Names and addresses of everything in it.
@@ -137,7 +180,8 @@ impl Lab {
     fn end(&mut self) -> Result<(), LabError> {
         let told = self.request(&Request::Down);
         self.life = None;
-        if told.is_err() || !dir::wait_released(&self.plan.dir, DOWN_TIMEOUT) {
+        let ours = dir::read_plan(&self.plan.dir).is_ok_and(|there| there.id == self.plan.id);
+        if ours && (told.is_err() || !dir::wait_released(&self.plan.dir, DOWN_TIMEOUT)) {
             // It hangs, or has died meanwhile.
             if let Ok(stream) = UnixStream::connect(self.plan.socket()) {
                 kill_peer(&stream).map_err(LabError::io("killing the lab's keeper"))?;
@@ -147,7 +191,7 @@ impl Lab {
         if let Some(mut launcher) = self.launcher.take() {
             let _ = launcher.wait();
         }
-        clean(&self.plan).map(drop)
+        if ours { clean(&self.plan) } else { Ok(()) }
     }
 
     /// What is on, what is cut, what became of the daemons.
@@ -167,7 +211,11 @@ impl Lab {
     #[must_use]
     pub fn command<S: AsRef<OsStr>>(&self, place: &Place, argv: &[S]) -> Command {
         let mut command = Command::new(&self.program);
-        command.arg(EXEC_COMMAND).arg(&self.plan.dir).arg(place.to_string()).args(argv);
+        command
+            .arg(EXEC_COMMAND)
+            .arg(&self.plan.dir)
+            .arg(place.to_string())
+            .args(argv);
         command
     }
 
@@ -180,7 +228,9 @@ impl Lab {
         if let Place::Host(host) = place {
             self.plan.host(host)?;
         }
-        self.command(place, argv).status().map_err(LabError::io(format!("starting {}", self.program.display())))
+        self.command(place, argv)
+            .status()
+            .map_err(LabError::io(format!("starting {}", self.program.display())))
     }
 
     /// A descriptor of the place for setns(2) (a pidfd), see [`super::in_network`].
@@ -264,7 +314,12 @@ impl Lab {
     ///
     /// # Errors
     /// [`LabError::Keeper`] if there is no such link.
-    pub fn heal_link(&self, a: &HostName, b: &HostName, index: u8) -> Result<MonotonicNs, LabError> {
+    pub fn heal_link(
+        &self,
+        a: &HostName,
+        b: &HostName,
+        index: u8,
+    ) -> Result<MonotonicNs, LabError> {
         self.set_private(a, b, index, true)
     }
 
@@ -273,7 +328,10 @@ impl Lab {
     /// # Errors
     /// [`LabError::NoSuchHost`].
     pub fn cut_lan(&self, host: &HostName) -> Result<MonotonicNs, LabError> {
-        self.act(host, |host| Request::SetLink { link: LinkName::Lan(host), up: false })
+        self.act(host, |host| Request::SetLink {
+            link: LinkName::Lan(host),
+            up: false,
+        })
     }
 
     /// Heals it.
@@ -281,15 +339,35 @@ impl Lab {
     /// # Errors
     /// [`LabError::NoSuchHost`].
     pub fn heal_lan(&self, host: &HostName) -> Result<MonotonicNs, LabError> {
-        self.act(host, |host| Request::SetLink { link: LinkName::Lan(host), up: true })
+        self.act(host, |host| Request::SetLink {
+            link: LinkName::Lan(host),
+            up: true,
+        })
     }
 
-    fn set_private(&self, a: &HostName, b: &HostName, index: u8, up: bool) -> Result<MonotonicNs, LabError> {
+    fn set_private(
+        &self,
+        a: &HostName,
+        b: &HostName,
+        index: u8,
+        up: bool,
+    ) -> Result<MonotonicNs, LabError> {
         self.plan.host(b)?;
-        self.act(a, |a| Request::SetLink { link: LinkName::Private { a, b: b.clone(), index }, up })
+        self.act(a, |a| Request::SetLink {
+            link: LinkName::Private {
+                a,
+                b: b.clone(),
+                index,
+            },
+            up,
+        })
     }
 
-    fn act(&self, host: &HostName, request: impl FnOnce(HostName) -> Request) -> Result<MonotonicNs, LabError> {
+    fn act(
+        &self,
+        host: &HostName,
+        request: impl FnOnce(HostName) -> Request,
+    ) -> Result<MonotonicNs, LabError> {
         self.plan.host(host)?;
         match self.request(&request(host.clone()))?.0 {
             Reply::Done { at_ns } => Ok(at_ns),
@@ -300,21 +378,47 @@ impl Lab {
     fn request(&self, request: &Request) -> Result<(Reply, Option<OwnedFd>), LabError> {
         let asked = UnixStream::connect(self.plan.socket()).and_then(|stream| {
             stream.set_read_timeout(Some(REQUEST_TIMEOUT))?;
-            send(&stream, request, None)?;
+            send(
+                &stream,
+                &Addressed {
+                    lab: self.plan.id,
+                    request: request.clone(),
+                },
+                None,
+            )?;
             receive(&stream)
         });
-        asked.map_err(|source| LabError::Control { lab: self.plan.name.clone(), source })
+        match asked {
+            Ok((Reply::OtherLab, _)) => Err(LabError::NotUp {
+                name: self.plan.name.clone(),
+                dir: self.plan.dir.clone(),
+            }),
+            Ok(answer) => Ok(answer),
+            Err(source) => Err(LabError::Control {
+                lab: self.plan.name.clone(),
+                source,
+            }),
+        }
     }
 
     fn unexpected(&self, reply: &Reply) -> LabError {
         let (step, message) = match reply {
             Reply::HostState { host, is, todo } => {
-                return LabError::HostState { host: host.clone(), is: is.text(), todo: todo.clone() };
+                return LabError::HostState {
+                    host: host.clone(),
+                    is: is.text(),
+                    todo: todo.clone(),
+                };
             }
             Reply::Failed { step, message } => (step.clone(), message.clone()),
             other => ("asking the keeper".into(), format!("it said {other:?}")),
         };
-        LabError::Keeper { lab: self.plan.name.clone(), step, message, log: self.plan.keeper_log() }
+        LabError::Keeper {
+            lab: self.plan.name.clone(),
+            step,
+            message,
+            log: self.plan.keeper_log(),
+        }
     }
 }
 
@@ -352,8 +456,13 @@ fn clean(plan: &LabPlan) -> Result<(), LabError> {
 }
 
 fn name_of(dir: &Path) -> String {
-    let last = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    last.strip_prefix("pollux-lab-").map_or(last.clone(), str::to_owned)
+    let last = dir
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    last.strip_prefix("pollux-lab-")
+        .map_or(last.clone(), str::to_owned)
 }
 
 /// Kill the process that listens at the other end, by a pidfd from the socket itself.
@@ -362,7 +471,13 @@ fn kill_peer(stream: &UnixStream) -> io::Result<()> {
     let mut length = libc::socklen_t::try_from(size_of::<libc::c_int>()).unwrap_or(4);
     // SAFETY: `fd` and `length` are live and describe an int, which is what this option returns.
     let got = unsafe {
-        libc::getsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, SO_PEERPIDFD, (&raw mut fd).cast(), &raw mut length)
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut fd).cast(),
+            &raw mut length,
+        )
     };
     if got != 0 {
         return Err(io::Error::last_os_error());
@@ -370,6 +485,18 @@ fn kill_peer(stream: &UnixStream) -> io::Result<()> {
     // SAFETY: the kernel has just made this descriptor for us.
     let pidfd = unsafe { OwnedFd::from_raw_fd(fd) };
     // SAFETY: a signal to a pidfd; no memory is passed.
-    let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, 0, 0) };
-    if sent == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            libc::SIGKILL,
+            0,
+            0,
+        )
+    };
+    if sent == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }

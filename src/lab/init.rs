@@ -79,16 +79,23 @@ fn run(plan: &LabPlan, host: &HostNet, channel: &UnixStream) -> Result<(), StepE
         other => return Err(("waiting for the cables".into(), format!("got {other:?}"))),
     }
     let ip = net::find_ip().map_err(step("looking for ip"))?;
-    net::ip_batch(&ip, &net::inside_script(host), false).map_err(step("configuring the host's network"))?;
+    net::ip_batch(&ip, &net::inside_script(host), false)
+        .map_err(step("configuring the host's network"))?;
 
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGCHLD);
     signals.thread_block().map_err(step("blocking SIGCHLD"))?;
-    let children = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map_err(step("signalfd"))?;
+    let children = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+        .map_err(step("signalfd"))?;
     let mut daemon = start_daemon(plan, host)?;
-    say(InitReply::Done { at_ns: MonotonicNs::now() })?;
+    say(InitReply::Done {
+        at_ns: MonotonicNs::now(),
+    })?;
     loop {
-        let mut waiting = [PollFd::new(channel.as_fd(), PollFlags::POLLIN), PollFd::new(children.as_fd(), PollFlags::POLLIN)];
+        let mut waiting = [
+            PollFd::new(channel.as_fd(), PollFlags::POLLIN),
+            PollFd::new(children.as_fd(), PollFlags::POLLIN),
+        ];
         match poll(&mut waiting, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(e) => return Err(("waiting".into(), e.to_string())),
@@ -107,18 +114,33 @@ fn run(plan: &LabPlan, host: &HostNet, channel: &UnixStream) -> Result<(), StepE
 
 fn mount_fresh(kind: &str, at: &Path) -> Result<(), StepError> {
     let options = (kind == "tmpfs").then_some("mode=0755");
-    let options = if at == Path::new("/dev/shm") { Some("mode=1777") } else { options };
-    mount(Some(kind), at, Some(kind), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, options)
-        .map_err(step(format!("mounting {kind} on {}", at.display())))
+    let options = if at == Path::new("/dev/shm") {
+        Some("mode=1777")
+    } else {
+        options
+    };
+    mount(
+        Some(kind),
+        at,
+        Some(kind),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        options,
+    )
+    .map_err(step(format!("mounting {kind} on {}", at.display())))
 }
 
 fn start_daemon(plan: &LabPlan, host: &HostNet) -> Result<DaemonState, StepError> {
     let argv: Vec<String> = plan
         .daemon_argv
         .iter()
-        .map(|arg| arg.replace("{config}", &host.config_file.to_string_lossy()).replace("{host}", host.name.as_str()))
+        .map(|arg| {
+            arg.replace("{config}", &host.config_file.to_string_lossy())
+                .replace("{host}", host.name.as_str())
+        })
         .collect();
-    let Some((program, args)) = argv.split_first() else { return Ok(DaemonState::None) };
+    let Some((program, args)) = argv.split_first() else {
+        return Ok(DaemonState::None);
+    };
     let log = File::options()
         .create(true)
         .append(true)
@@ -126,10 +148,17 @@ fn start_daemon(plan: &LabPlan, host: &HostNet) -> Result<DaemonState, StepError
         .map_err(step(format!("opening {}", host.daemon_log.display())))?;
     let log2 = log.try_clone().map_err(step("opening the daemon's log"))?;
     let mut command = Command::new(program);
-    command.args(args).stdin(Stdio::null()).stdout(log).stderr(log2).current_dir(&host.state_dir);
+    command
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(log)
+        .stderr(log2)
+        .current_dir(&host.state_dir);
     // SAFETY: setsid is async-signal-safe and touches no memory; this process has one thread.
     unsafe { command.pre_exec(|| setsid().map(drop).map_err(Into::into)) };
-    let child = command.spawn().map_err(step(format!("starting {program}")))?;
+    let child = command
+        .spawn()
+        .map_err(step(format!("starting {program}")))?;
     // Reaped by `reap` like every other child.
     Ok(DaemonState::Running(child.id()))
 }
@@ -149,14 +178,22 @@ fn reap(daemon: &mut DaemonState) {
 }
 
 fn answer(request: &InitRequest, daemon: &DaemonState) -> InitReply {
-    let failed = |step: &str, message: String| InitReply::Failed { step: step.into(), message };
-    let done = || InitReply::Done { at_ns: MonotonicNs::now() };
+    let failed = |step: &str, message: String| InitReply::Failed {
+        step: step.into(),
+        message,
+    };
+    let done = || InitReply::Done {
+        at_ns: MonotonicNs::now(),
+    };
     match request {
         InitRequest::Wired => failed("wiring", "the host is wired already".into()),
         InitRequest::Freeze => match signal_all(Signal::SIGSTOP) {
             Ok(at_ns) => match wait_still() {
                 Ok(()) => InitReply::Done { at_ns },
-                Err(running) => failed("freezing", format!("still running after {FREEZE_SETTLE_MAX:?}: {running}")),
+                Err(running) => failed(
+                    "freezing",
+                    format!("still running after {FREEZE_SETTLE_MAX:?}: {running}"),
+                ),
             },
             Err(e) => failed("freezing", e.to_string()),
         },
@@ -170,7 +207,10 @@ fn answer(request: &InitRequest, daemon: &DaemonState) -> InitReply {
                 Ok(()) => done(),
                 Err(e) => failed(&format!("killing process {pid}"), e.to_string()),
             },
-            _ => failed(&format!("killing process {pid}"), "not a process of the host; to kill its init, cut its power".into()),
+            _ => failed(
+                &format!("killing process {pid}"),
+                "not a process of the host; to kill its init, cut its power".into(),
+            ),
         },
         InitRequest::Processes => InitReply::Processes(processes()),
         InitRequest::Daemon => InitReply::Daemon(daemon.clone()),
@@ -204,7 +244,9 @@ fn wait_still() -> Result<(), String> {
 }
 
 fn processes() -> Vec<Process> {
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
@@ -218,9 +260,19 @@ fn process(pid: u32) -> Option<Process> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (name, state, parent) = parse_stat(&stat)?;
     let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let text = String::from_utf8_lossy(&line[..line.len().min(COMMAND_BYTES_MAX)]).replace('\0', " ");
-    let command = if text.trim().is_empty() { format!("[{name}]") } else { text.trim().to_owned() };
-    Some(Process { pid, parent, state, command })
+    let text =
+        String::from_utf8_lossy(&line[..line.len().min(COMMAND_BYTES_MAX)]).replace('\0', " ");
+    let command = if text.trim().is_empty() {
+        format!("[{name}]")
+    } else {
+        text.trim().to_owned()
+    };
+    Some(Process {
+        pid,
+        parent,
+        state,
+        command,
+    })
 }
 
 /// "PID (NAME) STATE PARENT ..."; the name may hold blanks and brackets itself.
@@ -228,7 +280,11 @@ fn parse_stat(stat: &str) -> Option<(&str, char, u32)> {
     let (front, rest) = stat.rsplit_once(") ")?;
     let (_, name) = front.split_once(" (")?;
     let mut fields = rest.split(' ');
-    Some((name, fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
+    Some((
+        name,
+        fields.next()?.chars().next()?,
+        fields.next()?.parse().ok()?,
+    ))
 }
 
 #[cfg(test)]

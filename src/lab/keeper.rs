@@ -12,7 +12,8 @@ use super::init::host_init_main;
 use super::net::{self, Port};
 use super::spec::{HostNet, KeepPolicy, LabPlan, OUTSIDE};
 use super::wire::{
-    DaemonState, HostPower, HostStatus, InitReply, InitRequest, LabStatus, LinkName, LinkStatus, Reply, Request, receive, send,
+    Addressed, DaemonState, HostPower, HostStatus, InitReply, InitRequest, LabStatus, LinkName,
+    LinkStatus, Reply, Request, receive, send,
 };
 use crate::pool::HostName;
 use nix::errno::Errno;
@@ -55,7 +56,10 @@ pub fn keeper_main(_args: &[OsString]) -> i32 {
     let (plan, lock) = match receive::<LabPlan>(&life) {
         Ok((plan, Some(lock))) => (plan, File::from(lock)),
         Ok((_, None)) | Err(_) => {
-            eprintln!("pollux {}: started by `pollux lab up` only", super::KEEPER_COMMAND);
+            eprintln!(
+                "pollux {}: started by `pollux lab up` only",
+                super::KEEPER_COMMAND
+            );
             return 2;
         }
     };
@@ -81,7 +85,14 @@ fn launch(plan: &LabPlan, life: &UnixStream, lock: File) -> Result<i32, StepErro
             let _alive = alive;
             // Let go of the life line: only the keeper holds it from here on.
             // SAFETY: 0 is a valid descriptor that `life` owns; it is replaced, not freed, so that stays true.
-            unsafe { libc::dup2(File::open("/dev/null").map_err(step("opening /dev/null"))?.as_raw_fd(), 0) };
+            unsafe {
+                libc::dup2(
+                    File::open("/dev/null")
+                        .map_err(step("opening /dev/null"))?
+                        .as_raw_fd(),
+                    0,
+                )
+            };
             loop {
                 match waitpid(child, None) {
                     Ok(WaitStatus::Exited(_, code)) => return Ok(code),
@@ -96,7 +107,14 @@ fn launch(plan: &LabPlan, life: &UnixStream, lock: File) -> Result<i32, StepErro
             let done = keep(plan, life, &lock, &watch);
             if let Err((step, message)) = &done {
                 eprintln!("keeper: {step}: {message}");
-                let _ = send(life, &Reply::Failed { step: step.clone(), message: message.clone() }, None);
+                let _ = send(
+                    life,
+                    &Reply::Failed {
+                        step: step.clone(),
+                        message: message.clone(),
+                    },
+                    None,
+                );
             }
             // Never return into the launcher's frames; the kernel ends every host with us.
             std::process::exit(i32::from(done.is_err()));
@@ -122,7 +140,12 @@ struct Keeper<'a> {
     own_pid_namespace: File,
 }
 
-fn keep(plan: &LabPlan, life: &UnixStream, lock: &File, launcher: &io::PipeReader) -> Result<(), StepError> {
+fn keep(
+    plan: &LabPlan,
+    life: &UnixStream,
+    lock: &File,
+    launcher: &io::PipeReader,
+) -> Result<(), StepError> {
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(step("tying the keeper to its launcher"))?;
     let mut gone = [PollFd::new(launcher.as_fd(), PollFlags::POLLIN)];
     if poll(&mut gone, PollTimeout::ZERO).map_err(step("looking for the launcher"))? > 0 {
@@ -132,10 +155,22 @@ fn keep(plan: &LabPlan, life: &UnixStream, lock: &File, launcher: &io::PipeReade
         .map_err(step("making the namespaces of `outside`"))?;
     nix::unistd::sethostname(OUTSIDE).map_err(step("setting the name of `outside`"))?;
     // Nothing we mount may reach the machine's own mount namespace.
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
-        .map_err(step("making mounts private"))?;
-    mount(Some("proc"), "/proc", Some("proc"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, None::<&str>)
-        .map_err(step("mounting proc on /proc"))?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )
+    .map_err(step("making mounts private"))?;
+    mount(
+        Some("proc"),
+        "/proc",
+        Some("proc"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        None::<&str>,
+    )
+    .map_err(step("mounting proc on /proc"))?;
     net::disable_ipv6();
     let ip = net::find_ip().map_err(step("looking for ip"))?;
     net::ip_batch(&ip, &net::outside_script(plan), false).map_err(step("making the switches"))?;
@@ -145,23 +180,36 @@ fn keep(plan: &LabPlan, life: &UnixStream, lock: &File, launcher: &io::PipeReade
         signals.add(signal);
     }
     signals.thread_block().map_err(step("blocking signals"))?;
-    let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC).map_err(step("signalfd"))?;
-    let listener = UnixListener::bind(plan.socket()).map_err(step(format!("binding {}", plan.socket().display())))?;
+    let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+        .map_err(step("signalfd"))?;
+    let listener = UnixListener::bind(plan.socket())
+        .map_err(step(format!("binding {}", plan.socket().display())))?;
     let mut keeper = Keeper {
         plan,
         ip,
         hosts: plan.hosts.iter().map(|_| None).collect(),
         cut: Vec::new(),
         own_pidfd: pidfd_open(nix::unistd::getpid()).map_err(step("opening the keeper's pidfd"))?,
-        own_pid_namespace: File::open("/proc/self/ns/pid").map_err(step("opening the lab's pid namespace"))?,
+        own_pid_namespace: File::open("/proc/self/ns/pid")
+            .map_err(step("opening the lab's pid namespace"))?,
     };
     for index in 0..plan.hosts.len() {
         keeper.power_on(index)?;
     }
-    send(life, &Reply::Done { at_ns: MonotonicNs::now() }, None).map_err(step("telling the creator"))?;
+    send(
+        life,
+        &Reply::Done {
+            at_ns: MonotonicNs::now(),
+        },
+        None,
+    )
+    .map_err(step("telling the creator"))?;
     let detached = plan.keep == KeepPolicy::Detached;
     loop {
-        let mut waiting = vec![PollFd::new(arrived.as_fd(), PollFlags::POLLIN), PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        let mut waiting = vec![
+            PollFd::new(arrived.as_fd(), PollFlags::POLLIN),
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+        ];
         if !detached {
             waiting.push(PollFd::new(life.as_fd(), PollFlags::POLLIN));
         }
@@ -204,20 +252,40 @@ impl Keeper<'_> {
     fn serve(&mut self, user: &UnixStream) -> io::Result<bool> {
         user.set_read_timeout(Some(USER_TIMEOUT))?;
         user.set_write_timeout(Some(USER_TIMEOUT))?;
-        let (request, _) = receive::<Request>(user)?;
+        let (Addressed { lab, request }, _) = receive(user)?;
         let reply = match request {
+            _ if lab != self.plan.id => Reply::OtherLab,
             Request::Down => {
                 self.cut_all();
-                send(user, &Reply::Done { at_ns: MonotonicNs::now() }, None)?;
+                send(
+                    user,
+                    &Reply::Done {
+                        at_ns: MonotonicNs::now(),
+                    },
+                    None,
+                )?;
                 return Ok(true);
             }
             Request::Enter(place) => {
                 let entered = match &place {
                     None => Ok(&self.own_pidfd),
-                    Some(host) => self.on(host).map(|index| self.hosts[index].as_ref().map_or(&self.own_pidfd, |r| &r.pidfd)),
+                    Some(host) => self.on(host).map(|index| {
+                        self.hosts[index]
+                            .as_ref()
+                            .map_or(&self.own_pidfd, |r| &r.pidfd)
+                    }),
                 };
                 match entered {
-                    Ok(fd) => return send(user, &Reply::Done { at_ns: MonotonicNs::now() }, Some(fd.as_fd())).map(|()| false),
+                    Ok(fd) => {
+                        return send(
+                            user,
+                            &Reply::Done {
+                                at_ns: MonotonicNs::now(),
+                            },
+                            Some(fd.as_fd()),
+                        )
+                        .map(|()| false);
+                    }
                     Err(refused) => refused,
                 }
             }
@@ -259,7 +327,9 @@ impl Keeper<'_> {
                 let index = self.index(host)?;
                 match &self.hosts[index] {
                     Some(running) if running.frozen => {}
-                    Some(_) => return Err(refused(host, HostPower::On, "only a frozen host can thaw")),
+                    Some(_) => {
+                        return Err(refused(host, HostPower::On, "only a frozen host can thaw"));
+                    }
                     None => return Err(refused(host, HostPower::Off, "power it on instead")),
                 }
                 let at_ns = self.ask_done(index, &InitRequest::Thaw)?;
@@ -282,15 +352,21 @@ impl Keeper<'_> {
                     other => Err(unexpected(&other)),
                 }
             }
-            Request::Enter(_) | Request::Down => Err(failed(("obeying".into(), "not a request for here".into()))),
+            Request::Enter(_) | Request::Down => {
+                Err(failed(("obeying".into(), "not a request for here".into())))
+            }
         }
     }
 
     fn index(&self, host: &HostName) -> Result<usize, Reply> {
-        self.plan.hosts.iter().position(|h| h.name == *host).ok_or_else(|| Reply::Failed {
-            step: format!("looking for host `{host}`"),
-            message: "the lab has no such host".into(),
-        })
+        self.plan
+            .hosts
+            .iter()
+            .position(|h| h.name == *host)
+            .ok_or_else(|| Reply::Failed {
+                step: format!("looking for host `{host}`"),
+                message: "the lab has no such host".into(),
+            })
     }
 
     /// The index of a host that is on and not frozen.
@@ -298,19 +374,27 @@ impl Keeper<'_> {
         let index = self.index(host)?;
         match &self.hosts[index] {
             None => Err(refused(host, HostPower::Off, "power it on first")),
-            Some(running) if running.frozen => Err(refused(host, HostPower::Frozen, "thaw it first")),
+            Some(running) if running.frozen => {
+                Err(refused(host, HostPower::Frozen, "thaw it first"))
+            }
             Some(_) => Ok(index),
         }
     }
 
     fn ask(&self, index: usize, request: &InitRequest) -> Result<InitReply, StepError> {
         let name = &self.plan.hosts[index].name;
-        let Some(running) = &self.hosts[index] else { return Err((format!("asking host `{name}`"), "it is off".into())) };
-        ask(&running.channel, request, INIT_TIMEOUT).map_err(step(format!("asking the init of host `{name}`")))
+        let Some(running) = &self.hosts[index] else {
+            return Err((format!("asking host `{name}`"), "it is off".into()));
+        };
+        ask(&running.channel, request, INIT_TIMEOUT)
+            .map_err(step(format!("asking the init of host `{name}`")))
     }
 
     fn ask_done(&self, index: usize, request: &InitRequest) -> Result<MonotonicNs, Reply> {
-        match self.ask(index, request).map_err(|(step, message)| Reply::Failed { step, message })? {
+        match self
+            .ask(index, request)
+            .map_err(|(step, message)| Reply::Failed { step, message })?
+        {
             InitReply::Done { at_ns } => Ok(at_ns),
             other => Err(unexpected(&other)),
         }
@@ -320,20 +404,34 @@ impl Keeper<'_> {
     fn power_on(&mut self, index: usize) -> Result<MonotonicNs, StepError> {
         let host = &self.plan.hosts[index];
         let (channel, theirs) = UnixStream::pair().map_err(step("making a channel"))?;
-        channel.set_read_timeout(Some(INIT_TIMEOUT)).map_err(step("making a channel"))?;
+        channel
+            .set_read_timeout(Some(INIT_TIMEOUT))
+            .map_err(step("making a channel"))?;
         // The next child is pid 1 of a new namespace; the ones after it are ours again.
-        unshare(CloneFlags::CLONE_NEWPID).map_err(step(format!("making the pid namespace of host `{}`", host.name)))?;
+        unshare(CloneFlags::CLONE_NEWPID).map_err(step(format!(
+            "making the pid namespace of host `{}`",
+            host.name
+        )))?;
         // SAFETY: the keeper has one thread, so the child may do anything.
         let forked = unsafe { fork() };
         if let Ok(ForkResult::Child) = forked {
             become_init(self.plan, host, theirs);
         }
-        setns(&self.own_pid_namespace, CloneFlags::CLONE_NEWPID).map_err(step("returning to the lab's pid namespace"))?;
+        setns(&self.own_pid_namespace, CloneFlags::CLONE_NEWPID)
+            .map_err(step("returning to the lab's pid namespace"))?;
         drop(theirs);
         let Ok(ForkResult::Parent { child }) = forked else {
-            return Err((format!("forking the init of host `{}`", host.name), forked.err().map_or(String::new(), |e| e.to_string())));
+            return Err((
+                format!("forking the init of host `{}`", host.name),
+                forked.err().map_or(String::new(), |e| e.to_string()),
+            ));
         };
-        let running = pidfd_open(child).map(|pidfd| Running { init: child, pidfd, channel, frozen: false });
+        let running = pidfd_open(child).map(|pidfd| Running {
+            init: child,
+            pidfd,
+            channel,
+            frozen: false,
+        });
         self.hosts[index] = Some(running.map_err(step("opening a pidfd"))?);
         let wired = self.wire(index, child);
         if wired.is_err() {
@@ -344,22 +442,37 @@ impl Keeper<'_> {
 
     fn wire(&self, index: usize, init: Pid) -> Result<MonotonicNs, StepError> {
         let host = &self.plan.hosts[index];
-        let Some(running) = &self.hosts[index] else { return Err(("wiring".into(), "the host is off".into())) };
+        let Some(running) = &self.hosts[index] else {
+            return Err(("wiring".into(), "the host is off".into()));
+        };
         let what = || format!("starting host `{}`", host.name);
-        match receive::<InitReply>(&running.channel).map_err(step(what()))?.0 {
+        match receive::<InitReply>(&running.channel)
+            .map_err(step(what()))?
+            .0
+        {
             InitReply::Born => {}
-            InitReply::Failed { step, message } => return Err((format!("host `{}`: {step}", host.name), message)),
+            InitReply::Failed { step, message } => {
+                return Err((format!("host `{}`: {step}", host.name), message));
+            }
             other => return Err((what(), format!("its init said {other:?}"))),
         }
-        net::ip_batch(&self.ip, &net::wire_script(self.plan, host, init.as_raw()), false).map_err(step(what()))?;
+        net::ip_batch(
+            &self.ip,
+            &net::wire_script(self.plan, host, init.as_raw()),
+            false,
+        )
+        .map_err(step(what()))?;
         for port in net::ports(self.plan, host) {
             if !self.cut.contains(&port) {
-                net::set_port(&port, true).map_err(step(format!("plugging {} into {}", port.name, port.bridge)))?;
+                net::set_port(&port, true)
+                    .map_err(step(format!("plugging {} into {}", port.name, port.bridge)))?;
             }
         }
         match ask(&running.channel, &InitRequest::Wired, INIT_TIMEOUT).map_err(step(what()))? {
             InitReply::Done { at_ns } => Ok(at_ns),
-            InitReply::Failed { step, message } => Err((format!("host `{}`: {step}", host.name), message)),
+            InitReply::Failed { step, message } => {
+                Err((format!("host `{}`: {step}", host.name), message))
+            }
             other => Err((what(), format!("its init said {other:?}"))),
         }
     }
@@ -368,7 +481,9 @@ impl Keeper<'_> {
     /// off, and only then is it killed, so that no FIN, RST or ICMP of its dying
     /// sockets reaches anyone. The instant returned is the stop.
     fn power_cut(&mut self, index: usize) -> Result<MonotonicNs, StepError> {
-        let Some(running) = self.hosts[index].take() else { return Ok(MonotonicNs::now()) };
+        let Some(running) = self.hosts[index].take() else {
+            return Ok(MonotonicNs::now());
+        };
         let stopped = ask(&running.channel, &InitRequest::Freeze, CUT_STOP_TIMEOUT);
         let at_ns = match stopped {
             Ok(InitReply::Done { at_ns }) => at_ns,
@@ -409,8 +524,15 @@ impl Keeper<'_> {
             match net::set_port(&port, up) {
                 Ok(()) => {}
                 // The host is off: remembered, and done when it comes back.
-                Err(e) if e.raw_os_error() == Some(libc::ENODEV) || e.raw_os_error() == Some(libc::ENXIO) => {}
-                Err(e) => return Err(Reply::Failed { step: format!("port {} of {}", port.name, port.bridge), message: e.to_string() }),
+                Err(e)
+                    if e.raw_os_error() == Some(libc::ENODEV)
+                        || e.raw_os_error() == Some(libc::ENXIO) => {}
+                Err(e) => {
+                    return Err(Reply::Failed {
+                        step: format!("port {} of {}", port.name, port.bridge),
+                        message: e.to_string(),
+                    });
+                }
             }
         }
         Ok(MonotonicNs::now())
@@ -425,20 +547,30 @@ impl Keeper<'_> {
                 let end = |from: usize, to: usize| {
                     net::private_ports(self.plan, &self.plan.hosts[from])
                         .into_iter()
-                        .find(|(_, partner, place)| *partner == to && self.plan.hosts[from].links[*place].index == *index)
+                        .find(|(_, partner, place)| {
+                            *partner == to && self.plan.hosts[from].links[*place].index == *index
+                        })
                         .map(|(port, _, _)| port)
                 };
-                end(a_index, b_index).zip(end(b_index, a_index)).map(|(x, y)| vec![x, y]).ok_or_else(|| Reply::Failed {
-                    step: format!("looking for private link {index} of `{a}` and `{b}`"),
-                    message: format!("there are {} (from 0) between each two hosts", self.plan.private_links),
-                })
+                end(a_index, b_index)
+                    .zip(end(b_index, a_index))
+                    .map(|(x, y)| vec![x, y])
+                    .ok_or_else(|| Reply::Failed {
+                        step: format!("looking for private link {index} of `{a}` and `{b}`"),
+                        message: format!(
+                            "there are {} (from 0) between each two hosts",
+                            self.plan.private_links
+                        ),
+                    })
             }
         }
     }
 
     fn status(&self) -> LabStatus {
         let hosts = self.plan.hosts.iter().enumerate().map(|(index, host)| {
-            let power = self.hosts[index].as_ref().map_or(HostPower::Off, Running::power);
+            let power = self.hosts[index]
+                .as_ref()
+                .map_or(HostPower::Off, Running::power);
             let daemon = match (power, self.ask(index, &InitRequest::Daemon)) {
                 (HostPower::On, Ok(InitReply::Daemon(daemon))) => daemon,
                 _ => DaemonState::Unknown,
@@ -454,7 +586,10 @@ impl Keeper<'_> {
         });
         let mut links = Vec::new();
         for host in &self.plan.hosts {
-            for (port, partner, place) in net::private_ports(self.plan, host).into_iter().filter(|p| host.index < p.1) {
+            for (port, partner, place) in net::private_ports(self.plan, host)
+                .into_iter()
+                .filter(|p| host.index < p.1)
+            {
                 links.push(LinkStatus {
                     a: host.name.clone(),
                     b: self.plan.hosts[partner].name.clone(),
@@ -463,7 +598,12 @@ impl Keeper<'_> {
                 });
             }
         }
-        LabStatus { name: self.plan.name.clone(), dir: self.plan.dir.clone(), hosts: hosts.collect(), links }
+        LabStatus {
+            name: self.plan.name.clone(),
+            dir: self.plan.dir.clone(),
+            hosts: hosts.collect(),
+            links,
+        }
     }
 
     /// Collect dead children: inits that died by themselves, orphans of `exec`.
@@ -487,7 +627,11 @@ impl Keeper<'_> {
 
 impl Running {
     fn power(&self) -> HostPower {
-        if self.frozen { HostPower::Frozen } else { HostPower::On }
+        if self.frozen {
+            HostPower::Frozen
+        } else {
+            HostPower::On
+        }
     }
 }
 
@@ -498,13 +642,23 @@ fn ask(channel: &UnixStream, request: &InitRequest, limit: Duration) -> io::Resu
 }
 
 fn refused(host: &HostName, is: HostPower, todo: &str) -> Reply {
-    Reply::HostState { host: host.clone(), is, todo: todo.into() }
+    Reply::HostState {
+        host: host.clone(),
+        is,
+        todo: todo.into(),
+    }
 }
 
 fn unexpected(reply: &InitReply) -> Reply {
     match reply {
-        InitReply::Failed { step, message } => Reply::Failed { step: step.clone(), message: message.clone() },
-        other => Reply::Failed { step: "asking the host's init".into(), message: format!("it said {other:?}") },
+        InitReply::Failed { step, message } => Reply::Failed {
+            step: step.clone(),
+            message: message.clone(),
+        },
+        other => Reply::Failed {
+            step: "asking the host's init".into(),
+            message: format!("it said {other:?}"),
+        },
     }
 }
 

@@ -32,15 +32,15 @@ mod spec;
 mod wire;
 
 pub use clock::MonotonicNs;
+pub use dir::TakenDown;
 pub use enter::{exec_main, in_network};
 pub use error::LabError;
-pub use dir::TakenDown;
 pub use handle::{Lab, take_down};
 pub use init::host_init_main;
 pub use keeper::keeper_main;
 pub use spec::{
-    GATEWAY, HOSTS_MAX, HostConfigFn, HostNet, KeepPolicy, LabPlan, LabSpec, OUTSIDE, PRIVATE_LINKS_MAX, Place, PrivateLink,
-    check_name, default_dir,
+    GATEWAY, HOSTS_MAX, HostConfigFn, HostNet, KeepPolicy, LabId, LabPlan, LabSpec, OUTSIDE,
+    PRIVATE_LINKS_MAX, Place, PrivateLink, check_name, default_dir,
 };
 pub use wire::{DaemonState, HostPower, HostStatus, LabStatus, LinkStatus, Process};
 

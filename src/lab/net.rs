@@ -47,20 +47,37 @@ pub(super) fn ip_batch(ip: &Path, script: &str, force: bool) -> Result<(), Strin
     if force {
         command.arg("-force");
     }
-    command.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut child = command.spawn().map_err(|e| format!("starting {}: {e}", ip.display()))?;
+    command
+        .args(["-batch", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let mut child = command
+        .spawn()
+        .map_err(|e| format!("starting {}: {e}", ip.display()))?;
     if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(script.as_bytes()).map_err(|e| format!("writing to ip: {e}"))?;
+        stdin
+            .write_all(script.as_bytes())
+            .map_err(|e| format!("writing to ip: {e}"))?;
     }
-    let output = child.wait_with_output().map_err(|e| format!("waiting for ip: {e}"))?;
+    let output = child
+        .wait_with_output()
+        .map_err(|e| format!("waiting for ip: {e}"))?;
     if output.status.success() || force {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
     // iproute2 says "Command failed -:LINE"; name the command itself.
-    let line = said.rsplit_once("-:").and_then(|(_, n)| n.trim().parse::<usize>().ok());
-    let command = line.and_then(|n| script.lines().nth(n.saturating_sub(1))).unwrap_or("?");
-    Err(format!("`ip {command}`: {}", said.lines().next().unwrap_or("failed without a word")))
+    let line = said
+        .rsplit_once("-:")
+        .and_then(|(_, n)| n.trim().parse::<usize>().ok());
+    let command = line
+        .and_then(|n| script.lines().nth(n.saturating_sub(1)))
+        .unwrap_or("?");
+    Err(format!(
+        "`ip {command}`: {}",
+        said.lines().next().unwrap_or("failed without a word")
+    ))
 }
 
 /// No IPv6 in this namespace: the lab's plan is IPv4, and router solicitations and
@@ -82,8 +99,15 @@ pub(super) fn outside_script(plan: &LabPlan) -> String {
         mac(0, 0, 0)
     );
     for host in &plan.hosts {
-        for (port, _, _) in private_ports(plan, host).into_iter().filter(|(_, partner, _)| host.index < *partner) {
-            let _ = writeln!(script, "link add {} {BRIDGE_OPTIONS}\nlink set {} up", port.bridge, port.bridge);
+        for (port, _, _) in private_ports(plan, host)
+            .into_iter()
+            .filter(|(_, partner, _)| host.index < *partner)
+        {
+            let _ = writeln!(
+                script,
+                "link add {} {BRIDGE_OPTIONS}\nlink set {} up",
+                port.bridge, port.bridge
+            );
         }
     }
     script
@@ -92,8 +116,10 @@ pub(super) fn outside_script(plan: &LabPlan) -> String {
 /// Cables from the switches in `outside` into the namespaces of the host whose init is `pid`.
 pub(super) fn wire_script(plan: &LabPlan, host: &HostNet, pid: i32) -> String {
     let lan = lan_port(host);
-    let mut script =
-        format!("link add {} type veth peer name {HOST_LAN_PORT} netns {pid}\nlink set {} up\n", lan.name, lan.name);
+    let mut script = format!(
+        "link add {} type veth peer name {HOST_LAN_PORT} netns {pid}\nlink set {} up\n",
+        lan.name, lan.name
+    );
     for (port, _, link) in private_ports(plan, host) {
         let l = &host.links[link];
         // A fixed address: partners' ARP entries outlive a power cycle.
@@ -112,7 +138,11 @@ pub(super) fn wire_script(plan: &LabPlan, host: &HostNet, pid: i32) -> String {
 
 /// Remove a host's cables.
 pub(super) fn unwire_script(plan: &LabPlan, host: &HostNet) -> String {
-    ports(plan, host).iter().fold(String::new(), |script, port| script + "link del " + &port.name + "\n")
+    ports(plan, host)
+        .iter()
+        .fold(String::new(), |script, port| {
+            script + "link del " + &port.name + "\n"
+        })
 }
 
 /// The network inside a host.
@@ -128,7 +158,12 @@ pub(super) fn inside_script(host: &HostNet) -> String {
         host.management,
     );
     for link in &host.links {
-        let _ = writeln!(script, "addr add {}/{PREFIX_LEN} dev {i}\nlink set {i} up", link.local, i = link.interface);
+        let _ = writeln!(
+            script,
+            "addr add {}/{PREFIX_LEN} dev {i}\nlink set {i} up",
+            link.local,
+            i = link.interface
+        );
     }
     script
 }
@@ -142,13 +177,20 @@ fn mac(kind: u8, high: u8, low: u8) -> String {
 /// All switch ports of a host.
 pub(super) fn ports(plan: &LabPlan, host: &HostNet) -> Vec<Port> {
     let mut ports = vec![lan_port(host)];
-    ports.extend(private_ports(plan, host).into_iter().map(|(port, _, _)| port));
+    ports.extend(
+        private_ports(plan, host)
+            .into_iter()
+            .map(|(port, _, _)| port),
+    );
     ports
 }
 
 /// The host's port of the lan's switch.
 pub(super) fn lan_port(host: &HostNet) -> Port {
-    Port { bridge: LAN_BRIDGE.into(), name: format!("lan-{}", host.index) }
+    Port {
+        bridge: LAN_BRIDGE.into(),
+        name: format!("lan-{}", host.index),
+    }
 }
 
 /// The host's ports of the private switches, each with the partner's index and the
@@ -156,7 +198,9 @@ pub(super) fn lan_port(host: &HostNet) -> Port {
 pub(super) fn private_ports(plan: &LabPlan, host: &HostNet) -> Vec<(Port, usize, usize)> {
     let mut found = Vec::new();
     for (place, link) in host.links.iter().enumerate() {
-        let Some(partner) = plan.hosts.iter().find(|h| h.name == link.partner) else { continue };
+        let Some(partner) = plan.hosts.iter().find(|h| h.name == link.partner) else {
+            continue;
+        };
         let (low, high) = (host.index.min(partner.index), host.index.max(partner.index));
         // At most "ic7-14-15-15": 12 of the 15 bytes an interface name may have.
         let bridge = format!("ic{}-{low}-{high}", link.index);
@@ -201,7 +245,9 @@ mod tests {
     #[test]
     fn every_cable_has_two_ends_on_one_switch() {
         let mut spec = LabSpec::new("t", Box::new(|_, _| String::new())).unwrap();
-        spec.hosts = (0..16).map(|i| HostName::new(format!("h{i}")).unwrap()).collect();
+        spec.hosts = (0..16)
+            .map(|i| HostName::new(format!("h{i}")).unwrap())
+            .collect();
         spec.private_links = 8;
         let plan = spec.plan().unwrap();
         let mut per_bridge = std::collections::BTreeMap::<String, usize>::new();
@@ -214,13 +260,18 @@ mod tests {
         assert_eq!(per_bridge.len(), 120 * 8);
         assert!(per_bridge.values().all(|&ends| ends == 2));
         let script = outside_script(&plan);
-        assert!(per_bridge.keys().all(|b| script.matches(&format!("link add {b} ")).count() == 1));
+        assert!(
+            per_bridge
+                .keys()
+                .all(|b| script.matches(&format!("link add {b} ")).count() == 1)
+        );
     }
 
     #[test]
     fn a_failing_ip_command_is_named() {
         let Ok(ip) = find_ip() else { return };
-        let error = ip_batch(&ip, "link show dev lo\nlink show dev no-such-if\n", false).unwrap_err();
+        let error =
+            ip_batch(&ip, "link show dev lo\nlink show dev no-such-if\n", false).unwrap_err();
         assert!(error.contains("ip link show dev no-such-if"), "{error}");
     }
 }

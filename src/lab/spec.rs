@@ -10,7 +10,7 @@
 //!  a: ic1 10.78.1.101 ------- private link 1 ------- b: ic1 10.78.1.102
 //! ```
 
-use super::LabError;
+use super::{LabError, MonotonicNs};
 use crate::pool::HostName;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -84,16 +84,25 @@ impl LabSpec {
     /// [`LabError::Io`] if the running program's path cannot be read.
     pub fn new(name: impl Into<String>, host_config: Box<HostConfigFn>) -> Result<Self, LabError> {
         let name = name.into();
-        let program = std::env::current_exe().map_err(LabError::io("reading the path of the running program"))?;
+        let program = std::env::current_exe()
+            .map_err(LabError::io("reading the path of the running program"))?;
         Ok(Self {
             dir: default_dir(&name),
             name,
-            hosts: ["a", "b"].iter().filter_map(|n| HostName::new(*n).ok()).collect(),
+            hosts: ["a", "b"]
+                .iter()
+                .filter_map(|n| HostName::new(*n).ok())
+                .collect(),
             private_links: 1,
             private_mtu: PRIVATE_MTU_DEFAULT,
             keep: KeepPolicy::WithCreator,
             keep_files: false,
-            daemon_argv: vec![program.display().to_string(), "daemon".into(), "--config".into(), "{config}".into()],
+            daemon_argv: vec![
+                program.display().to_string(),
+                "daemon".into(),
+                "--config".into(),
+                "{config}".into(),
+            ],
             program,
             host_config,
         })
@@ -106,11 +115,16 @@ impl LabSpec {
     pub fn plan(&self) -> Result<LabPlan, LabError> {
         check_name(&self.name)?;
         if self.hosts.is_empty() || self.hosts.len() > HOSTS_MAX {
-            return Err(LabError::Spec(format!("{} hosts; a lab has 1 to {HOSTS_MAX}", self.hosts.len())));
+            return Err(LabError::Spec(format!(
+                "{} hosts; a lab has 1 to {HOSTS_MAX}",
+                self.hosts.len()
+            )));
         }
         for (i, host) in self.hosts.iter().enumerate() {
             if host.as_str() == OUTSIDE {
-                return Err(LabError::Spec(format!("no host can be called `{OUTSIDE}`: it names the clients' side")));
+                return Err(LabError::Spec(format!(
+                    "no host can be called `{OUTSIDE}`: it names the clients' side"
+                )));
             }
             if self.hosts[..i].contains(host) {
                 return Err(LabError::Spec(format!("host `{host}` is named twice")));
@@ -124,10 +138,16 @@ impl LabSpec {
         }
         // 68 is the least an IPv4 link may have (RFC 791); QUIC needs 1280 (RFC 9000, section 14).
         if self.private_mtu < 1280 {
-            return Err(LabError::Spec(format!("private MTU {}; QUIC needs 1280 or more", self.private_mtu)));
+            return Err(LabError::Spec(format!(
+                "private MTU {}; QUIC needs 1280 or more",
+                self.private_mtu
+            )));
         }
         if !self.dir.is_absolute() {
-            return Err(LabError::Spec(format!("directory {} is not an absolute path", self.dir.display())));
+            return Err(LabError::Spec(format!(
+                "directory {} is not an absolute path",
+                self.dir.display()
+            )));
         }
         let hosts: Vec<HostNet> = (0..self.hosts.len()).map(|i| self.host_net(i)).collect();
         for host in &hosts {
@@ -140,6 +160,7 @@ impl LabSpec {
             }
         }
         Ok(LabPlan {
+            id: LabId::fresh(),
             name: self.name.clone(),
             dir: self.dir.clone(),
             hosts,
@@ -157,7 +178,9 @@ impl LabSpec {
         let mut links = Vec::new();
         for other in (0..self.hosts.len()).filter(|&o| o != index) {
             for k in 0..self.private_links {
-                let subnet = pair_index(index.min(other), index.max(other)) * usize::from(self.private_links) + usize::from(k);
+                let subnet = pair_index(index.min(other), index.max(other))
+                    * usize::from(self.private_links)
+                    + usize::from(k);
                 links.push(PrivateLink {
                     interface: format!("ic{}", links.len()),
                     partner: self.hosts[other].clone(),
@@ -187,9 +210,27 @@ impl LabSpec {
     }
 }
 
+/// Which lab it is, among all that ever lived on this machine since it booted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LabId {
+    created_at_ns: MonotonicNs,
+    creator: u32,
+}
+
+impl LabId {
+    fn fresh() -> Self {
+        Self {
+            created_at_ns: MonotonicNs::now(),
+            creator: std::process::id(),
+        }
+    }
+}
+
 /// A lab's spec with every name and address worked out; kept in the lab's directory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LabPlan {
+    /// Tells this lab from an earlier or later one in the same directory.
+    pub id: LabId,
     /// The lab's name.
     pub name: String,
     /// The lab's directory.
@@ -270,7 +311,11 @@ pub enum Place {
 impl FromStr for Place {
     type Err = crate::pool::host::BadHostName;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == OUTSIDE { Ok(Self::Outside) } else { HostName::new(text).map(Self::Host) }
+        if text == OUTSIDE {
+            Ok(Self::Outside)
+        } else {
+            HostName::new(text).map(Self::Host)
+        }
     }
 }
 
@@ -296,7 +341,9 @@ pub fn default_dir(name: &str) -> PathBuf {
 pub fn check_name(name: &str) -> Result<(), LabError> {
     let ok = !name.is_empty()
         && name.len() <= LAB_NAME_BYTES_MAX
-        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
         && !name.starts_with('-');
     if ok {
         Ok(())
@@ -313,11 +360,19 @@ impl LabPlan {
     /// # Errors
     /// [`LabError::NoSuchHost`] with the names there are.
     pub fn host(&self, name: &HostName) -> Result<&HostNet, LabError> {
-        self.hosts.iter().find(|h| h.name == *name).ok_or_else(|| LabError::NoSuchHost {
-            lab: self.name.clone(),
-            host: name.clone(),
-            have: self.hosts.iter().map(|h| h.name.as_str()).collect::<Vec<_>>().join(", "),
-        })
+        self.hosts
+            .iter()
+            .find(|h| h.name == *name)
+            .ok_or_else(|| LabError::NoSuchHost {
+                lab: self.name.clone(),
+                host: name.clone(),
+                have: self
+                    .hosts
+                    .iter()
+                    .map(|h| h.name.as_str())
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            })
     }
 
     /// Where the keeper answers.
@@ -389,13 +444,20 @@ mod tests {
         for host in &plan.hosts {
             for link in &host.links {
                 let partner = plan.host(&link.partner).unwrap();
-                let back = partner.links.iter().find(|l| l.partner == host.name && l.index == link.index).unwrap();
+                let back = partner
+                    .links
+                    .iter()
+                    .find(|l| l.partner == host.name && l.index == link.index)
+                    .unwrap();
                 assert_eq!((back.local, back.remote), (link.remote, link.local));
                 subnets.insert(link.local.octets()[..3].to_vec());
                 assert!(addresses.insert(link.local));
             }
         }
-        assert_eq!(subnets.len(), HOSTS_MAX * (HOSTS_MAX - 1) / 2 * usize::from(PRIVATE_LINKS_MAX));
+        assert_eq!(
+            subnets.len(),
+            HOSTS_MAX * (HOSTS_MAX - 1) / 2 * usize::from(PRIVATE_LINKS_MAX)
+        );
     }
 
     #[test]
@@ -408,11 +470,17 @@ mod tests {
         };
         refused(&|s| s.hosts.clear(), "0 hosts");
         refused(&|s| s.hosts[1] = s.hosts[0].clone(), "twice");
-        refused(&|s| s.hosts[1] = HostName::new("outside").unwrap(), "clients");
+        refused(
+            &|s| s.hosts[1] = HostName::new("outside").unwrap(),
+            "clients",
+        );
         refused(&|s| s.private_links = 9, "at most 8");
         refused(&|s| s.private_mtu = 600, "1280");
         refused(&|s| s.name = "A/../b".into(), "name `A/../b`");
         refused(&|s| s.dir = "tmp".into(), "absolute");
-        refused(&|s| s.dir = PathBuf::from("/").join("x".repeat(100)), "shorter");
+        refused(
+            &|s| s.dir = PathBuf::from("/").join("x".repeat(100)),
+            "shorter",
+        );
     }
 }

@@ -5,6 +5,7 @@
 //! capped all the same ([`LINE_BYTES_MAX`]).
 
 use super::clock::MonotonicNs;
+use super::spec::LabId;
 use crate::pool::HostName;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::de::DeserializeOwned;
@@ -18,18 +19,32 @@ use std::path::PathBuf;
 /// Longest line: a full plan of 16 hosts is under 64 KiB, a list of processes too.
 pub(crate) const LINE_BYTES_MAX: usize = 1 << 20;
 
-/// Asked of the keeper.
+/// A request and the lab it is meant for: a handle may outlive its lab, and another
+/// may live in the same directory by then.
 #[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Addressed {
+    pub(crate) lab: LabId,
+    pub(crate) request: Request,
+}
+
+/// Asked of the keeper.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
     Status,
     /// For the place's pidfd; none = outside.
     Enter(Option<HostName>),
     PowerCut(HostName),
     PowerOn(HostName),
-    SetLink { link: LinkName, up: bool },
+    SetLink {
+        link: LinkName,
+        up: bool,
+    },
     Freeze(HostName),
     Thaw(HostName),
-    Kill { host: HostName, pid: u32 },
+    Kill {
+        host: HostName,
+        pid: u32,
+    },
     Processes(HostName),
     Down,
 }
@@ -44,11 +59,22 @@ pub(crate) enum LinkName {
 /// The keeper's answer.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Reply {
-    Done { at_ns: MonotonicNs },
+    Done {
+        at_ns: MonotonicNs,
+    },
     Status(LabStatus),
     Processes(Vec<Process>),
-    HostState { host: HostName, is: HostPower, todo: String },
-    Failed { step: String, message: String },
+    HostState {
+        host: HostName,
+        is: HostPower,
+        todo: String,
+    },
+    Failed {
+        step: String,
+        message: String,
+    },
+    /// Another lab lives here now.
+    OtherLab,
 }
 
 /// Keeper to a host's init.
@@ -68,10 +94,15 @@ pub(crate) enum InitRequest {
 pub(crate) enum InitReply {
     /// Namespaces and mounts are made.
     Born,
-    Done { at_ns: MonotonicNs },
+    Done {
+        at_ns: MonotonicNs,
+    },
     Processes(Vec<Process>),
     Daemon(DaemonState),
-    Failed { step: String, message: String },
+    Failed {
+        step: String,
+        message: String,
+    },
 }
 
 /// A host's power.
@@ -169,7 +200,11 @@ pub struct Process {
 }
 
 /// Send one message and perhaps a descriptor.
-pub(crate) fn send<T: Serialize>(stream: &UnixStream, message: &T, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+pub(crate) fn send<T: Serialize>(
+    stream: &UnixStream,
+    message: &T,
+    fd: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     let raw = fd.map(|f| [f.as_raw_fd()]);
@@ -179,14 +214,22 @@ pub(crate) fn send<T: Serialize>(stream: &UnixStream, message: &T, fd: Option<Bo
             Some(raw) if sent == 0 => vec![ControlMessage::ScmRights(raw)],
             _ => Vec::new(),
         };
-        sent += sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(&line[sent..])], &control, MsgFlags::MSG_NOSIGNAL, None)?;
+        sent += sendmsg::<()>(
+            stream.as_raw_fd(),
+            &[IoSlice::new(&line[sent..])],
+            &control,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )?;
     }
     Ok(())
 }
 
 /// Receive one message and perhaps a descriptor. The stream carries one message per
 /// turn, so nothing follows the line. The stream's read timeout holds.
-pub(crate) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<(T, Option<OwnedFd>)> {
+pub(crate) fn receive<T: DeserializeOwned>(
+    stream: &UnixStream,
+) -> io::Result<(T, Option<OwnedFd>)> {
     let mut line = Vec::new();
     let mut passed = None;
     loop {
@@ -194,7 +237,12 @@ pub(crate) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<(T
         let mut space = nix::cmsg_space!([i32; 1]);
         let (bytes, fd) = {
             let mut slices = [IoSliceMut::new(&mut buffer)];
-            let got = match recvmsg::<()>(stream.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
+            let got = match recvmsg::<()>(
+                stream.as_raw_fd(),
+                &mut slices,
+                Some(&mut space),
+                MsgFlags::MSG_CMSG_CLOEXEC,
+            ) {
                 Err(nix::errno::Errno::EINTR) => continue,
                 other => other?,
             };
@@ -211,14 +259,20 @@ pub(crate) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<(T
         };
         passed = fd.or(passed);
         if bytes == 0 {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the other side closed the connection"));
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "the other side closed the connection",
+            ));
         }
         line.extend_from_slice(&buffer[..bytes]);
         if line.last() == Some(&b'\n') {
             return Ok((serde_json::from_slice(&line)?, passed));
         }
         if line.len() > LINE_BYTES_MAX {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a message over {LINE_BYTES_MAX} bytes")));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("a message over {LINE_BYTES_MAX} bytes"),
+            ));
         }
     }
 }
