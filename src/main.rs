@@ -6,8 +6,8 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
     // A lab's processes enter namespaces, which only a program without threads may do.
-    for hidden in [pollux::lab::hidden_main, pollux::drill::hidden_main] {
-        if let Some(code) = hidden(&args) {
+    for hidden in [pollux::lab::hidden_main] {
+        if let Some(code) = hidden(args.get(1..).unwrap_or_default()) {
             return u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from);
         }
     }

@@ -23,8 +23,6 @@ pub struct HostInfo {
     pub version: String,
     /// QEMU's version, or why it cannot be used.
     pub qemu: String,
-    /// Accelerator that `accel = "auto"` resolves to, with the reason.
-    pub accel: String,
     /// Why this host cannot mirror, if so: kernel or privileges.
     pub cannot_mirror: Option<String>,
     /// CLOCK_MONOTONIC now, nanoseconds.

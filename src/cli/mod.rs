@@ -73,7 +73,7 @@ enum Command {
 
 #[derive(Subcommand)]
 enum HostCommand {
-    /// Show its name, fingerprint, QEMU, accelerator, and whether it can mirror.
+    /// Show its name, fingerprint, QEMU, and whether it can mirror.
     Show,
 }
 

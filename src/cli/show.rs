@@ -19,7 +19,6 @@ pub(super) fn host_info(info: &HostInfo) -> String {
     let _ = writeln!(out, "fingerprint  {}", info.fingerprint);
     let _ = writeln!(out, "pollux       {}", info.version);
     let _ = writeln!(out, "QEMU         {}", info.qemu);
-    let _ = writeln!(out, "accelerator  {}", info.accel);
     let mirror = info.cannot_mirror.as_deref().map_or("yes".into(), |why| format!("no: {why}"));
     let _ = writeln!(out, "can mirror   {mirror}");
     out

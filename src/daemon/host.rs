@@ -9,11 +9,11 @@ use super::store::Store;
 use super::worker::{self, Begin, Env, Routes, Shared, VmCommand, WorkerConfig, WorkerEvent};
 use crate::api::types::{ApiError, Done, HostInfo, HostStatus, Role, VmStatus};
 use crate::mirror::{ClaimOutcome, VmRecord};
-use crate::pool::spec::{Protection, VmSpec};
+use crate::pool::spec::{Boot, Protection, VmSpec};
 use crate::pool::{Generation, HostName, VmId};
 use crate::registry::{FileRegistry, FileRegistryOptions, Versioned};
 use crate::vm::argv::Accel;
-use crate::vm::probe;
+use crate::vm::{accel, probe};
 use interconnect::identity::Identity;
 use std::collections::BTreeMap;
 use std::sync::mpsc::sync_channel;
@@ -37,8 +37,7 @@ pub struct Host {
     identity: Arc<Identity>,
     runtime: tokio::runtime::Handle,
     store: Store,
-    qemu: probe::QemuInfo,
-    accel: probe::AccelProbe,
+    qemu: probe::QemuBinary,
     cannot_mirror: Option<String>,
     vms: Mutex<BTreeMap<VmId, VmEntry>>,
     partners: Mutex<BTreeMap<HostName, Arc<Partner>>>,
@@ -58,21 +57,23 @@ impl Host {
     /// # Errors
     /// What is missing and what to do about it.
     pub fn start(config: HostConfig, runtime: tokio::runtime::Handle) -> anyhow::Result<Arc<Self>> {
-        probe::check_root()?;
-        let qemu = probe::QemuInfo::detect(&config.qemu)?;
-        let cannot_mirror = probe::check_kernel().err().map(|e| e.to_string());
+        let cannot_mirror = match probe::check_host() {
+            Ok(()) => None,
+            Err(e @ probe::HostError::NotRoot { .. }) => return Err(e.into()),
+            Err(e) => Some(e.to_string()),
+        };
         if let Some(reason) = &cannot_mirror {
             tracing::warn!("this host cannot mirror: {reason}");
         }
-        let accel = probe::probe_accel(&qemu);
-        tracing::info!(qemu = %qemu.version, accel = ?accel.accel, "{}", accel.reason);
+        let qemu = probe::find_qemu(&config.qemu)?;
+        tracing::info!(version = %qemu.version, "QEMU is {}", qemu.program.display());
         let identity = Arc::new(Identity::load_or_create(&config.state_dir.join("identity"))?);
         let registry = FileRegistry::new(&config.registry_dir, FileRegistryOptions::default());
         let claims = Claims::start(Box::new(registry))?;
         let store = Store::open(&config.state_dir)?;
         let routes = Routes::default();
         let env = Arc::new(Env {
-            qemu: qemu.path.clone(),
+            qemu: qemu.program.clone(),
             qemu_version: qemu.version.to_string(),
             timing: config.timing(),
             claims,
@@ -86,7 +87,6 @@ impl Host {
             runtime,
             store,
             qemu,
-            accel,
             cannot_mirror,
             vms: Mutex::default(),
             partners: Mutex::default(),
@@ -120,7 +120,6 @@ impl Host {
             fingerprint: self.identity.fingerprint().to_string(),
             version: env!("CARGO_PKG_VERSION").into(),
             qemu: self.qemu.version.to_string(),
-            accel: format!("{:?}: {}", self.accel.accel, self.accel.reason).to_lowercase(),
             cannot_mirror: self.cannot_mirror.clone(),
             now_ns: now_ns(),
         }
@@ -224,8 +223,9 @@ impl Host {
         let partner = (spec.protection == Protection::Mirrored)
             .then(|| spec.mirror.partner.clone().or_else(|| self.only_partner().ok()))
             .flatten();
-        let machine = self.qemu.resolve_machine(&spec).map_err(refused)?;
-        let accel = self.accel.choose(spec.accel).map_err(refused)?;
+        let machines = &self.qemu.machines;
+        let machine = probe::common_machine(&spec, machines, machines).map_err(refused)?;
+        let accel = self.choose_accel(&spec, &shared)?;
         let config = WorkerConfig { spec: Arc::clone(&spec), machine, accel, partner };
         let (tx, rx) = sync_channel(1);
         worker::start(Arc::clone(&self.env), config, Begin::Primary { record }, shared, move |r| {
@@ -242,6 +242,17 @@ impl Host {
                 START_DEADLINE.as_secs()
             ))),
         }
+    }
+
+    fn choose_accel(&self, spec: &VmSpec, shared: &Shared) -> Result<Accel, ApiError> {
+        let mut kernels = accel::host_kernels();
+        if let Boot::Kernel { kernel, .. } = &spec.boot {
+            kernels.insert(0, kernel.clone());
+        }
+        let cache = &self.env.config.state_dir;
+        let verdict = accel::choose_accel(spec.accel, &self.qemu, &kernels, cache).map_err(refused)?;
+        shared.event(format!("accelerator {:?}: {}", verdict.accel, verdict.reason));
+        Ok(verdict.accel)
     }
 
     /// Win the right to start: nobody else may be running it.
@@ -437,7 +448,11 @@ impl Host {
         if ours != qemu {
             tracing::warn!("{from} runs QEMU {qemu}, {me} has {ours}; machine type {machine} must be known to both");
         }
-        self.qemu.check_machine(&machine).map_err(|e| e.to_string())?;
+        if !self.qemu.machines.contains(&machine) {
+            return Err(format!(
+                "QEMU {ours} of {me} has no machine type {machine}; set `machine` in the spec to one that both hosts have"
+            ));
+        }
         let accel = match accel.as_str() {
             "kvm" => Accel::Kvm,
             "tcg" => Accel::Tcg,

@@ -46,6 +46,13 @@ impl HostName {
     }
 }
 
+impl std::str::FromStr for HostName {
+    type Err = BadHostName;
+    fn from_str(name: &str) -> Result<Self, BadHostName> {
+        Self::new(name)
+    }
+}
+
 impl TryFrom<String> for HostName {
     type Error = BadHostName;
     fn try_from(name: String) -> Result<Self, BadHostName> {

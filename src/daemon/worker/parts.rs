@@ -200,7 +200,7 @@ pub fn vcpu_threads(control: &mut Qmp) -> Result<Vec<i32>, String> {
 impl Drop for Parts {
     fn drop(&mut self) {
         self.qemu.kill();
-        self.qemu.wait_exit(None);
+        let _ = self.qemu.wait_exit(None);
         self.servers.clear();
         let _ = std::fs::remove_file(&self.paths.ram_file);
         let _ = std::fs::remove_file(&self.paths.state_file);

@@ -49,10 +49,7 @@ impl Landing {
     pub fn put_page(ram: &mut RamImage, index: u64, content: PageContent<'_>) -> Result<(), String> {
         match content {
             PageContent::Zero => ram.zero_page(index).map_err(|e| e.to_string()),
-            PageContent::Raw(page) => {
-                ram.write_page(index, page);
-                Ok(())
-            }
+            PageContent::Raw(page) => ram.write_page(index, page).map_err(|e| e.to_string()),
         }
     }
 }
