@@ -92,7 +92,9 @@ fn main() -> Main<()> {
     let (ack_tx, ack_rx) = mpsc::channel();
     let mut config_a = config(&id_a, &id_b, at_a, at_b, ("a", "b"));
     config_a.on_ack = Some(Arc::new(move |frame: Frame| {
-        drop(ack_tx.send((frame.epoch, Instant::now())))
+        ack_tx
+            .send((frame.epoch, Instant::now()))
+            .unwrap_or_default()
     }));
     let (runtime_a, runtime_b) = (runtime(threads)?, runtime(threads)?);
     let (a, mut events_a) = Interconnect::start(config_a, runtime_a.handle().clone())?;

@@ -25,10 +25,9 @@ fn page(kind: u8, seed: u64) -> Box<Page> {
     match kind % 4 {
         0 => {}
         1 => page[(seed % 4096) as usize] = 1,
-        2 => page
-            .iter_mut()
-            .enumerate()
-            .for_each(|(i, b)| *b = b"abcdefgh 0123456"[(i + seed as usize) % 16]),
+        2 => page.iter_mut().enumerate().for_each(|(i, b)| {
+            *b = b"abcdefgh 0123456"[(i + usize::from(seed.to_le_bytes()[0])) % 16]
+        }),
         _ => page.copy_from_slice(&noise(seed, PAGE_BYTES)),
     }
     page
@@ -130,15 +129,19 @@ fn arb_pages() -> impl Strategy<Value = Vec<(u64, Box<Page>)>> {
 }
 
 fn arb_write() -> impl Strategy<Value = DiskWrite> {
-    (0u16..2, 0u64..1000, 0u64..5000, any::<u8>(), any::<u64>()).prop_map(
+    (0u16..2, 0u64..1000, 0usize..5000, any::<u8>(), any::<u64>()).prop_map(
         |(disk, offset, length, kind, seed)| DiskWrite {
             disk,
             offset,
             op: match kind % 4 {
-                0 => DiskOp::Zero { length },
-                1 => DiskOp::Trim { length },
-                2 => DiskOp::Data(noise(seed, length as usize).into()),
-                _ => DiskOp::Data(vec![kind; length as usize].into()),
+                0 => DiskOp::Zero {
+                    length: length as u64,
+                },
+                1 => DiskOp::Trim {
+                    length: length as u64,
+                },
+                2 => DiskOp::Data(noise(seed, length).into()),
+                _ => DiskOp::Data(vec![kind; length].into()),
             },
         },
     )

@@ -154,7 +154,7 @@ fn frames_cross_in_both_directions_and_in_order() {
             frame(
                 FrameKind::Pages,
                 n,
-                noise(n, 1 + 300_000 * (n as usize % 4)),
+                noise(n, 1 + 300_000 * usize::from(n.to_le_bytes()[0] % 4)),
             )
         })
         .collect();
