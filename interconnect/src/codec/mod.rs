@@ -10,8 +10,10 @@ pub mod disk;
 pub mod packets;
 pub mod pages;
 
-mod cursor;
-mod estimate;
+pub(crate) mod cursor;
+mod pack;
+#[cfg(test)]
+pub(crate) mod tests;
 
 pub use delta::{DEVICE_STATE_BYTES_MAX, decode_delta, encode_delta};
 pub use disk::{DiskOp, DiskWrite, decode_disk_writes, encode_disk_writes};

@@ -1,6 +1,29 @@
-//! skeleton
+//! The interconnect to one partner: keeps a session up, carries lanes over it.
+//!
+//! One QUIC connection at a time (a session), on the first link of the pair that
+//! works. The side with the lower fingerprint dials, for ever; the other accepts.
+//! A newer session replaces an older one: only the side that dials makes one, and
+//! it does so only when it believes the old one dead.
+//!
+//! What this must never do: talk to another identity than the pinned one, block a
+//! caller of [`Interconnect::control`], or let a caller take a frame for delivered:
+//! a session that ends may have lost everything not acknowledged by the product.
+
 mod config;
-pub use config::{LinkAddr, LinkSettings, PairConfig, StartError};
+mod congestion;
+mod hello;
+mod keeper;
+mod queue;
+mod session;
+mod transport;
+
+pub use config::{LinkAddr, LinkSettings, OnAck, PairConfig, StartError};
+pub use session::EpochLane;
+
+use keeper::Shared;
+use queue::PushError;
+use session::Lanes;
+use std::sync::Arc;
 
 use crate::frame::{Frame, FrameError};
 use crate::heartbeat::HeartbeatKey;
@@ -127,9 +150,53 @@ pub struct LinkStats {
     pub last_error: Option<String>,
 }
 
+/// Events that may wait for the product. Control frames behind them hold the
+/// partner by flow control.
+const EVENTS_MAX: usize = 256;
+
+/// Refuse what the partner would refuse, before it is queued.
+fn check_size(frame: &Frame) -> Result<(), SendError> {
+    let (kind, bytes, max) = (
+        frame.kind,
+        frame.payload.len(),
+        frame.kind.payload_bytes_max(),
+    );
+    if kind == crate::frame::FrameKind::Invalid {
+        return Err(FrameError::Kind(0).into());
+    }
+    if bytes > max {
+        return Err(FrameError::TooBig { kind, bytes, max }.into());
+    }
+    Ok(())
+}
+
 /// The interconnect to one partner. Cheap to clone; the last one dropped closes it.
 #[derive(Clone)]
-pub struct Interconnect {}
+pub struct Interconnect {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    local_addrs: Vec<SocketAddr>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.shared.stop();
+    }
+}
+
+impl std::fmt::Debug for Interconnect {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "Interconnect(to {}, session {:?})",
+            self.inner.shared.config.peer,
+            self.session()
+        )
+    }
+}
 
 impl Interconnect {
     /// Bind all links and keep a session with the partner for ever.
@@ -137,81 +204,128 @@ impl Interconnect {
     /// # Errors
     /// [`StartError`].
     pub fn start(
-        _config: PairConfig,
-        _runtime: tokio::runtime::Handle,
+        config: PairConfig,
+        runtime: tokio::runtime::Handle,
     ) -> Result<(Self, mpsc::Receiver<LinkEvent>), StartError> {
-        unimplemented!()
+        if config.links.is_empty() {
+            return Err(StartError::NoLink { peer: config.peer });
+        }
+        let fingerprint = config.peer_fingerprint;
+        if config.identity.fingerprint() == fingerprint {
+            return Err(StartError::OwnFingerprint {
+                peer: config.peer,
+                fingerprint,
+            });
+        }
+        let (events, receiver) = mpsc::channel(EVENTS_MAX);
+        let entered = runtime.enter();
+        let mut endpoints = Vec::with_capacity(config.links.len());
+        for link in 0..config.links.len() {
+            endpoints.push(transport::endpoint(&config, link)?);
+        }
+        drop(entered);
+        let local_addrs = endpoints
+            .iter()
+            .zip(&config.links)
+            .map(|((endpoint, _), link)| endpoint.local_addr().unwrap_or(link.local))
+            .collect();
+        let shared = Shared::new(config, events, runtime);
+        keeper::keep(&shared, endpoints);
+        Ok((
+            Self {
+                inner: Arc::new(Inner {
+                    shared,
+                    local_addrs,
+                }),
+            },
+            receiver,
+        ))
     }
+
+    fn lanes(&self) -> Result<Arc<dyn Lanes>, SendError> {
+        let shared = &self.inner.shared;
+        shared.current().ok_or_else(|| SendError::Down {
+            peer: shared.config.peer.clone(),
+        })
+    }
+
     /// Send on the control lane: ordered, never blocks, from any thread.
     ///
     /// # Errors
     /// [`SendError`].
-    pub fn control(&self, _frame: Frame) -> Result<(), SendError> {
-        unimplemented!()
+    pub fn control(&self, frame: Frame) -> Result<(), SendError> {
+        if !frame.kind.is_control() {
+            return Err(SendError::Kind(frame.kind));
+        }
+        check_size(&frame)?;
+        let peer = || self.inner.shared.config.peer.clone();
+        self.lanes()?.control(frame).map_err(|error| match error {
+            PushError::Closed => SendError::Down { peer: peer() },
+            PushError::Full(queued_bytes) => SendError::Full {
+                peer: peer(),
+                queued_bytes,
+            },
+        })
     }
+
     /// Open an epoch lane on the session that stands.
     ///
     /// # Errors
     /// [`SendError::Down`].
     pub fn open_epoch_lane(
         &self,
-        _vm: VmId,
-        _generation: Generation,
+        vm: VmId,
+        generation: Generation,
     ) -> Result<EpochLane, SendError> {
-        unimplemented!()
+        let queue_bytes = self.inner.shared.config.settings.lane_queue_bytes;
+        Ok(self.lanes()?.open_epoch_lane(vm, generation, queue_bytes))
     }
-    /// End the session that stands (the partner sent nonsense); a new one is made.
-    pub fn drop_session(&self, _session: SessionId, _reason: &str) {
-        unimplemented!()
+
+    /// End that session if it still stands (the partner sent nonsense); a new one is
+    /// made.
+    pub fn drop_session(&self, session: SessionId, reason: &str) {
+        if let Some(lanes) = self
+            .inner
+            .shared
+            .current()
+            .filter(|lanes| lanes.id() == session)
+        {
+            lanes.close(session::CODE_PROTOCOL, reason);
+        }
     }
+
     /// The session that stands.
     #[must_use]
     pub fn session(&self) -> Option<SessionId> {
-        unimplemented!()
+        self.inner.shared.current().map(|lanes| lanes.id())
     }
+
     /// Figures of the path.
     #[must_use]
     pub fn stats(&self) -> LinkStats {
-        unimplemented!()
+        let shared = &self.inner.shared;
+        let mut stats = shared
+            .current()
+            .map(|lanes| lanes.stats())
+            .unwrap_or_default();
+        stats.last_error = shared.last_error();
+        if let (Some((local, _)), Some(bound)) =
+            (&mut stats.path, self.inner.local_addrs.get(stats.link))
+        {
+            local.set_port(bound.port());
+            if !bound.ip().is_unspecified() {
+                local.set_ip(bound.ip());
+            }
+        }
+        stats
     }
+
     /// The addresses the links are bound to (ports filled in).
     #[must_use]
     pub fn local_addrs(&self) -> Vec<SocketAddr> {
-        unimplemented!()
+        self.inner.local_addrs.clone()
     }
 }
 
-/// A lane of one VM's epochs; dropping it ends the lane after what is queued is sent.
-pub struct EpochLane {}
-
-impl EpochLane {
-    /// Send, waiting while the queue is full. Not from a tokio task.
-    ///
-    /// # Errors
-    /// [`SendError::LaneGone`], [`SendError::Frame`].
-    pub fn send_blocking(&self, _frame: Frame) -> Result<(), SendError> {
-        unimplemented!()
-    }
-    /// Send if the queue has room.
-    ///
-    /// # Errors
-    /// As `send_blocking`, and [`SendError::Full`].
-    pub fn try_send(&self, _frame: Frame) -> Result<(), SendError> {
-        unimplemented!()
-    }
-    /// Bytes queued and not yet handed to QUIC.
-    #[must_use]
-    pub fn queued_bytes(&self) -> usize {
-        unimplemented!()
-    }
-    /// The session it belongs to.
-    #[must_use]
-    pub fn session(&self) -> SessionId {
-        unimplemented!()
-    }
-    /// Whether its session still stands.
-    #[must_use]
-    pub fn is_open(&self) -> bool {
-        unimplemented!()
-    }
-}
+#[cfg(test)]
+mod tests;

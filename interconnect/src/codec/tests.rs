@@ -1,0 +1,342 @@
+//! Round trips and hostile input for every batch layout.
+
+use super::disk::{BATCH_BODY_BYTES_MAX, DISK_WRITE_BYTES_MAX, split_write};
+use super::pages::{BATCH_PAGES_MAX, PAGE_INDEX_END};
+use super::*;
+use bytes::{Bytes, BytesMut};
+use proptest::prelude::*;
+
+/// Bytes without pattern, the same for the same seed (xorshift64).
+pub(crate) fn noise(seed: u64, bytes: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..bytes)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_be_bytes()[0]
+        })
+        .collect()
+}
+
+/// A zero, sparse, text-like or random page.
+fn page(kind: u8, seed: u64) -> Box<Page> {
+    let mut page = Box::new([0; PAGE_BYTES]);
+    match kind % 4 {
+        0 => {}
+        1 => page[(seed % 4096) as usize] = 1,
+        2 => page.iter_mut().enumerate().for_each(|(i, b)| {
+            *b = b"abcdefgh 0123456"[(i + usize::from(seed.to_le_bytes()[0])) % 16]
+        }),
+        _ => page.copy_from_slice(&noise(seed, PAGE_BYTES)),
+    }
+    page
+}
+
+fn encode_all(pages: &[(u64, Box<Page>)], mode: CompressMode) -> Vec<Bytes> {
+    let mut encoder = PageEncoder::new(mode);
+    let mut iter = pages.iter().map(|(index, page)| (*index, &**page));
+    let mut batches = Vec::new();
+    loop {
+        let mut out = BytesMut::new();
+        match encoder.encode(&mut iter, &mut out).unwrap() {
+            Some(stats) => {
+                assert_eq!(stats.bytes, out.len() as u64);
+                batches.push(out.freeze());
+            }
+            None => return batches,
+        }
+    }
+}
+
+fn decode_all(batches: &[Bytes], guest_pages: u64) -> Result<Vec<(u64, Box<Page>)>, CodecError> {
+    let mut pages = Vec::new();
+    for batch in batches {
+        decode_pages(batch, guest_pages, |index, content| {
+            pages.push((
+                index,
+                Box::new(match content {
+                    PageContent::Zero => [0; PAGE_BYTES],
+                    PageContent::Raw(page) => *page,
+                }),
+            ));
+        })?;
+    }
+    Ok(pages)
+}
+
+#[test]
+fn page_classes_are_chosen_by_content() {
+    let pages: Vec<_> = (0..4)
+        .map(|kind| (u64::from(kind), page(kind, 99)))
+        .collect();
+    let mut out = BytesMut::new();
+    let stats = PageEncoder::new(CompressMode::Adaptive)
+        .encode(&mut pages.iter().map(|(i, p)| (*i, &**p)), &mut out)
+        .unwrap()
+        .unwrap();
+    assert_eq!((stats.zero, stats.packed, stats.raw), (1, 2, 1));
+    assert!(out.len() < PAGE_BYTES + 512, "{} bytes", out.len());
+}
+
+#[test]
+fn many_pages_make_many_batches() {
+    let pages: Vec<_> = (0..700).map(|i| (i, page((i % 4) as u8, i))).collect();
+    let batches = encode_all(&pages, CompressMode::Adaptive);
+    assert_eq!(batches.len(), 700usize.div_ceil(BATCH_PAGES_MAX));
+    assert_eq!(decode_all(&batches, 700).unwrap(), pages);
+}
+
+#[test]
+fn page_index_is_checked_against_the_guest() {
+    let batches = encode_all(&[(9, page(3, 1)), (10, page(0, 1))], CompressMode::Raw);
+    assert!(decode_all(&batches, 11).is_ok());
+    assert_eq!(
+        decode_all(&batches, 10).unwrap_err(),
+        CodecError::PageIndex {
+            index: 10,
+            guest_pages: 10
+        }
+    );
+    let mut out = BytesMut::new();
+    let zero = [0; PAGE_BYTES];
+    assert!(
+        PageEncoder::new(CompressMode::Raw)
+            .encode(&mut [(PAGE_INDEX_END, &zero)].into_iter(), &mut out)
+            .is_err()
+    );
+    assert!(out.is_empty());
+}
+
+#[test]
+fn packed_size_is_what_the_classes_say() {
+    // Two packed pages; claim that one of them is zero: the zstd frame is too long.
+    let mut batch =
+        encode_all(&[(0, page(2, 1)), (1, page(2, 2))], CompressMode::Adaptive)[0].to_vec();
+    batch[8] = 1;
+    assert!(matches!(
+        decode_all(&[Bytes::from(batch)], 2).unwrap_err(),
+        CodecError::Compression { .. }
+    ));
+}
+
+fn arb_pages() -> impl Strategy<Value = Vec<(u64, Box<Page>)>> {
+    prop::collection::vec((0u64..1000, any::<u8>(), any::<u64>()), 0..40).prop_map(|list| {
+        list.into_iter()
+            .map(|(index, kind, seed)| (index, page(kind, seed)))
+            .collect()
+    })
+}
+
+fn arb_write() -> impl Strategy<Value = DiskWrite> {
+    (0u16..2, 0u64..1000, 0usize..5000, any::<u8>(), any::<u64>()).prop_map(
+        |(disk, offset, length, kind, seed)| DiskWrite {
+            disk,
+            offset,
+            op: match kind % 4 {
+                0 => DiskOp::Zero {
+                    length: length as u64,
+                },
+                1 => DiskOp::Trim {
+                    length: length as u64,
+                },
+                2 => DiskOp::Data(noise(seed, length).into()),
+                _ => DiskOp::Data(vec![kind; length].into()),
+            },
+        },
+    )
+}
+
+fn encode_writes(mut writes: &[DiskWrite], mode: CompressMode) -> Vec<Bytes> {
+    let mut batches = Vec::new();
+    while !writes.is_empty() {
+        let mut out = BytesMut::new();
+        let taken = encode_disk_writes(writes, mode, &mut out).unwrap();
+        assert!(taken > 0);
+        writes = &writes[taken..];
+        batches.push(out.freeze());
+    }
+    batches
+}
+
+/// Damage of one kind: a flipped bit, a cut, or bytes at the end.
+fn damage(bytes: &[u8], at: usize, kind: u8) -> Bytes {
+    let mut bytes = bytes.to_vec();
+    let at = at % bytes.len().max(1);
+    match kind % 3 {
+        0 => bytes[at] ^= 1 << (kind / 3 % 8),
+        1 => bytes.truncate(at),
+        _ => bytes.push(kind),
+    }
+    bytes.into()
+}
+
+proptest! {
+    #[test]
+    fn pages_round_trip(pages in arb_pages(), raw in any::<bool>()) {
+        let mode = if raw { CompressMode::Raw } else { CompressMode::Adaptive };
+        prop_assert_eq!(decode_all(&encode_all(&pages, mode), 1000).unwrap(), pages);
+    }
+
+    #[test]
+    fn damaged_pages_never_panic_nor_leave_the_guest(
+        pages in arb_pages(), at in any::<usize>(), kind in any::<u8>(),
+    ) {
+        for batch in encode_all(&pages, CompressMode::Adaptive) {
+            let result = decode_all(&[damage(&batch, at, kind)], 1000);
+            if kind % 3 != 0 {
+                prop_assert!(result.is_err());
+            }
+            for (index, _) in result.unwrap_or_default() {
+                prop_assert!(index < 1000);
+            }
+        }
+    }
+
+    #[test]
+    fn writes_round_trip(writes in prop::collection::vec(arb_write(), 0..20), raw in any::<bool>()) {
+        let mode = if raw { CompressMode::Raw } else { CompressMode::Adaptive };
+        let mut back = Vec::new();
+        for batch in encode_writes(&writes, mode) {
+            back.extend(decode_disk_writes(&batch, &[6000, 6000]).unwrap());
+        }
+        prop_assert_eq!(back, writes);
+    }
+
+    #[test]
+    fn damaged_writes_never_panic_nor_leave_the_disk(
+        writes in prop::collection::vec(arb_write(), 1..20), at in any::<usize>(), kind in any::<u8>(),
+    ) {
+        for batch in encode_writes(&writes, CompressMode::Adaptive) {
+            for write in decode_disk_writes(&damage(&batch, at, kind), &[6000, 6000]).unwrap_or_default() {
+                prop_assert!(write.disk < 2 && write.offset + write.length() <= 6000);
+            }
+        }
+    }
+
+    #[test]
+    fn packets_round_trip(sizes in prop::collection::vec(0usize..9000, 0..80)) {
+        let packets: Vec<Bytes> = sizes.iter().map(|n| noise(*n as u64, *n).into()).collect();
+        let (mut rest, mut back) = (&packets[..], Vec::new());
+        while !rest.is_empty() {
+            let mut out = BytesMut::new();
+            rest = &rest[encode_packets(rest, &mut out).unwrap()..];
+            prop_assert!(out.len() <= crate::frame::INGRESS_BYTES_MAX);
+            back.extend(decode_packets(&out.freeze()).unwrap());
+        }
+        prop_assert_eq!(back, packets);
+    }
+
+    #[test]
+    fn any_bytes_are_refused_or_decoded_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        let batch = Bytes::from(bytes);
+        let _ = decode_all(std::slice::from_ref(&batch), 1000);
+        let _ = decode_disk_writes(&batch, &[1 << 20]);
+        let _ = decode_packets(&batch);
+        let _ = decode_delta(Some(b"base"), &batch);
+    }
+
+    #[test]
+    fn delta_round_trips(
+        base in prop::collection::vec(any::<u8>(), 0..3000),
+        flips in prop::collection::vec((any::<usize>(), any::<u8>()), 0..10),
+        length in 0usize..3000,
+    ) {
+        let mut new = base.clone();
+        new.resize(length, 7);
+        for (at, value) in flips {
+            if let Some(n) = (!new.is_empty()).then(|| at % new.len()) { new[n] = value; }
+        }
+        let delta = encode_delta(Some(&base), &new).unwrap();
+        prop_assert_eq!(&decode_delta(Some(&base), &delta).unwrap()[..], &new[..]);
+        let full = encode_delta(None, &new).unwrap();
+        prop_assert_eq!(&decode_delta(Some(&base), &full).unwrap()[..], &new[..]);
+        let no_base = matches!(decode_delta(None, &delta), Err(CodecError::DeltaBase { .. }));
+        prop_assert!(no_base);
+    }
+
+    #[test]
+    fn damaged_delta_is_refused(at in any::<usize>(), kind in any::<u8>()) {
+        let (base, new) = (noise(1, 5000), noise(2, 5000));
+        let delta = encode_delta(Some(&base), &new).unwrap();
+        let damaged = damage(&delta, at, kind);
+        if let Ok(state) = decode_delta(Some(&base), &damaged) {
+            prop_assert_eq!(&state[..], &new[..]);
+        }
+    }
+}
+
+#[test]
+fn a_small_change_makes_a_small_delta() {
+    let base = noise(1, 124_000);
+    let mut new = base.clone();
+    new[5000] ^= 0xff;
+    let delta = encode_delta(Some(&base), &new).unwrap();
+    assert!(delta.len() < 200, "{} bytes", delta.len());
+}
+
+#[test]
+fn a_delta_against_another_base_is_refused() {
+    let delta = encode_delta(Some(b"one"), b"two").unwrap();
+    assert!(matches!(
+        decode_delta(Some(b"six"), &delta),
+        Err(CodecError::DeltaBase { .. })
+    ));
+}
+
+#[test]
+fn a_big_state_is_refused_before_it_is_allocated() {
+    let mut delta = encode_delta(None, b"small").unwrap().to_vec();
+    delta[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+    assert!(matches!(
+        decode_delta(None, &delta),
+        Err(CodecError::TooBig { .. })
+    ));
+}
+
+#[test]
+fn disk_ranges_are_checked() {
+    let write = |disk, offset, length| DiskWrite {
+        disk,
+        offset,
+        op: DiskOp::Trim { length },
+    };
+    for (write, good) in [
+        (write(0, 0, 100), true),
+        (write(0, 100, 0), true),
+        (write(0, 1, 100), false),
+        (write(1, 0, 1), false),
+        (write(0, u64::MAX, 2), false),
+    ] {
+        let batch = &encode_writes(std::slice::from_ref(&write), CompressMode::Raw)[0];
+        assert_eq!(decode_disk_writes(batch, &[100]).is_ok(), good, "{write:?}");
+    }
+}
+
+#[test]
+fn a_big_write_is_split() {
+    let data: Bytes = noise(3, 2 * DISK_WRITE_BYTES_MAX + 5).into();
+    let write = DiskWrite {
+        disk: 0,
+        offset: 4096,
+        op: DiskOp::Data(data.clone()),
+    };
+    let mut out = BytesMut::new();
+    assert!(matches!(
+        encode_disk_writes(std::slice::from_ref(&write), CompressMode::Raw, &mut out),
+        Err(CodecError::TooBig { .. })
+    ));
+    let pieces: Vec<_> = split_write(&write).collect();
+    assert_eq!(pieces.len(), 3);
+    let mut back = Vec::new();
+    for batch in encode_writes(&pieces, CompressMode::Adaptive) {
+        assert!(batch.len() <= BATCH_BODY_BYTES_MAX + 100);
+        for write in decode_disk_writes(&batch, &[1 << 30]).unwrap() {
+            assert_eq!(write.offset, 4096 + back.len() as u64);
+            if let DiskOp::Data(data) = write.op {
+                back.extend_from_slice(&data);
+            }
+        }
+    }
+    assert_eq!(back, data);
+}

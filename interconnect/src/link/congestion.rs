@@ -1,0 +1,96 @@
+//! Congestion control for a private link.
+//!
+//! Cubic, NewReno and BBR share a path with strangers: they start at a dozen
+//! packets and take a lost packet for a full queue somewhere, so that one flipped
+//! bit on the cable costs half the rate. On a private link there are no strangers
+//! and no routers; the only queues are the two hosts' own socket buffers and
+//! perhaps one switch. So the window starts where it should be, at what the
+//! partner's socket buffer holds, gives way a little when packets are lost (that
+//! buffer ran over because the partner was busy), and is back after a few epochs.
+//! It never falls below [`WINDOW_BYTES_MIN`]: an epoch must not wait for slow start.
+
+use quinn::congestion::{Controller, ControllerFactory};
+use std::any::Any;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Largest window, in bytes: 10 Gbit/s for 6 ms, or four epochs of 500 pages.
+pub(super) const WINDOW_BYTES_MAX: u64 = 8 << 20;
+/// Smallest window, in bytes: what an unraised socket buffer (Debian's
+/// `net.core.rmem_max`, 208 KiB) takes in one burst.
+pub(super) const WINDOW_BYTES_MIN: u64 = 192 << 10;
+const _: () = assert!(WINDOW_BYTES_MIN < WINDOW_BYTES_MAX);
+
+#[derive(Debug, Clone)]
+pub(super) struct PrivateLink {
+    window: u64,
+    window_max: u64,
+    /// One reduction for each round trip: packets sent before it are not counted again.
+    reduced_at: Option<Instant>,
+}
+
+impl Controller for PrivateLink {
+    fn on_ack(
+        &mut self,
+        _now: Instant,
+        _sent: Instant,
+        bytes: u64,
+        _app_limited: bool,
+        _rtt: &quinn_proto::RttEstimator,
+    ) {
+        // An eighth of what got through: a reduction is undone after one or two windows.
+        self.window = (self.window + bytes / 8).min(self.window_max);
+    }
+
+    fn on_congestion_event(
+        &mut self,
+        now: Instant,
+        sent: Instant,
+        persistent: bool,
+        _lost_bytes: u64,
+    ) {
+        if self.reduced_at.is_some_and(|at| sent <= at) {
+            return;
+        }
+        self.reduced_at = Some(now);
+        // A fifth: loss is rare here and mostly noise. Persistent: the partner does
+        // not read at all; probe with little until it does.
+        let reduced = if persistent { 0 } else { self.window / 5 * 4 };
+        self.window = reduced.max(WINDOW_BYTES_MIN.min(self.window_max));
+    }
+
+    fn on_mtu_update(&mut self, _new_mtu: u16) {}
+
+    fn window(&self) -> u64 {
+        self.window
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(self.clone())
+    }
+
+    fn initial_window(&self) -> u64 {
+        self.window_max
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}
+
+/// Makes the controller of each connection.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PrivateLinkConfig {
+    /// Window to start with and to return to, in bytes.
+    pub(super) window_max: u64,
+}
+
+impl ControllerFactory for PrivateLinkConfig {
+    fn build(self: Arc<Self>, _now: Instant, _current_mtu: u16) -> Box<dyn Controller> {
+        Box::new(PrivateLink {
+            window: self.window_max,
+            window_max: self.window_max,
+            reduced_at: None,
+        })
+    }
+}
