@@ -284,7 +284,7 @@ fn first_program() -> Vec<u8> {
         0x48,
         0x8d,
         0x35,
-        37,
+        38,
         0,
         0,
         0, // lea rsi, [rip + line]
