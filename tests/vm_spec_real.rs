@@ -301,7 +301,8 @@ fn an_end_is_told_in_words_with_the_log() {
     assert_eq!(exit.how, ExitHow::Status(1));
     let said = exit.to_string();
     assert!(
-        said.contains("ended with status 1; it said last:") && said.contains("unsupported machine type"),
+        said.contains("ended with status 1; it said last:")
+            && said.contains("unsupported machine type"),
         "{said}"
     );
 }

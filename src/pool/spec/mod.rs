@@ -66,6 +66,9 @@ use std::path::PathBuf;
 /// 15 KB in 0.93 ms, q35 likewise 34 KB in 1.09 ms, and q35 with modern
 /// virtio-pci 124 KB in 1.84 ms (QEMU.md section 4). `transport =
 /// "virtio-pci-modern"` is there for guests without a legacy virtio driver.
+///
+/// Under TCG, Linux on a microvm needs `tsc_early_khz=<kHz>` on its command line
+/// (it finds no clock to calibrate by); a spec without it is noted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmSpec {
     /// Name, a DNS label, unique in the pool.

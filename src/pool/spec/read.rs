@@ -468,7 +468,7 @@ fn disk(r: &mut Reader<'_>, at: &str, node: &Node, notes: &mut Vec<SpecNote>) ->
         }
         field.or(Durability::Memory)
     };
-    (format?, bus?);
+    format.and(bus)?;
     Some(Disk {
         name: name?,
         path: file?,
