@@ -1,10 +1,14 @@
 //! A spec becomes a real QEMU: the command line is accepted, the process is
 //! watched and ended, what cannot be mirrored is refused.
 
+// Helpers of tests: a failed unwrap is a failed test.
+#![allow(clippy::unwrap_used)]
+
 use pollux::pool::spec::VmSpec;
 use pollux::vm::admission::{AdmissionError, check_running};
 use pollux::vm::argv::{Accel, QEMU, Side, VmPaths, command_line};
-use pollux::vm::probe::{check_host, common_machine, find_qemu};
+use pollux::vm::kernel::check_host;
+use pollux::vm::probe::{common_machine, find_qemu};
 use pollux::vm::process::{ExitHow, Qemu, SpawnOpts};
 use pollux::vm::room::{
     check_disks, check_memory_room, create_ram_file, give, prepare_run_dir, stage_boot_files,

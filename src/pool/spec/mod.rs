@@ -15,6 +15,8 @@ pub mod devices;
 mod emit;
 mod error;
 mod fields;
+mod machine;
+mod parts;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -22,10 +24,11 @@ mod tree;
 mod values;
 
 pub use error::{Problem, SpecError, SpecProblem};
+pub use machine::{Machine, MachineFamily, Transport, version_key};
 pub use read::{SPEC_TEXT_BYTES_MAX, SpecNote};
 pub use values::{
-    AccelChoice, BadValue, CpuModel, Disk, DiskKind, Durability, MacAddr, Machine, MachineFamily,
-    MemoryBytes, MirrorPolicy, Nic, Protection, SizeBytes, Transport, VmName, version_key,
+    AccelChoice, BadValue, CpuModel, Disk, DiskKind, Durability, MacAddr, MemoryBytes,
+    MirrorPolicy, Nic, Protection, SizeBytes, VmName,
 };
 
 use super::VmId;
