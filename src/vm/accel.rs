@@ -249,83 +249,30 @@ fn first_program() -> Vec<u8> {
     const LOAD_AT: u64 = 0x40_0000;
     const HEADERS_BYTES: usize = 64 + 56;
     let line = format!("{PROOF}\n");
+    let line_len = u8::try_from(line.len()).unwrap_or(u8::MAX);
     // nanosleep(rsp -> {0 s, 10 ms}, 0); write(1, line, len); reboot(magic1, magic2,
     // RESTART); pause() for ever. Numbers of Linux x86-64, reboot(2).
+    #[rustfmt::skip]
     let mut code: Vec<u8> = vec![
-        0x68,
-        0x80,
-        0x96,
-        0x98,
-        0x00, // push 10000000
-        0x6a,
-        0x00, // push 0
-        0x48,
-        0x89,
-        0xe7, // mov rdi, rsp
-        0x31,
-        0xf6, // xor esi, esi
-        0xb8,
-        35,
-        0,
-        0,
-        0, // mov eax, nanosleep
-        0x0f,
-        0x05, // syscall
-        0xb8,
-        1,
-        0,
-        0,
-        0, // mov eax, write
-        0xbf,
-        1,
-        0,
-        0,
-        0, // mov edi, 1
-        0x48,
-        0x8d,
-        0x35,
-        37,
-        0,
-        0,
-        0, // lea rsi, [rip + line]
-        0xba,
-        u8::try_from(line.len()).unwrap_or(u8::MAX),
-        0,
-        0,
-        0, // mov edx, len
-        0x0f,
-        0x05, // syscall
-        0xb8,
-        169,
-        0,
-        0,
-        0, // mov eax, reboot
-        0xbf,
-        0xad,
-        0xde,
-        0xe1,
-        0xfe, // mov edi, 0xfee1dead
-        0xbe,
-        0x69,
-        0x19,
-        0x12,
-        0x28, // mov esi, 672274793
-        0xba,
-        0x67,
-        0x45,
-        0x23,
-        0x01, // mov edx, 0x01234567
-        0x0f,
-        0x05, // syscall
-        0xb8,
-        34,
-        0,
-        0,
-        0, // mov eax, pause
-        0x0f,
-        0x05, // syscall
-        0xeb,
-        0xf7, // jmp to pause
+        0x68, 0x80, 0x96, 0x98, 0x00, // push 10000000
+        0x6a, 0x00, // push 0
+        0x48, 0x89, 0xe7, // mov rdi, rsp
+        0x31, 0xf6, // xor esi, esi
+        0xb8, 35, 0, 0, 0, // mov eax, nanosleep
+        0x0f, 0x05, // syscall
+        0xb8, 1, 0, 0, 0, // mov eax, write
+        0xbf, 1, 0, 0, 0, // mov edi, 1
+        0x48, 0x8d, 0x35, 38, 0, 0, 0, // lea rsi, [rip + line]
+        0xba, line_len, 0, 0, 0, // mov edx, len
+        0x0f, 0x05, // syscall
+        0xb8, 169, 0, 0, 0, // mov eax, reboot
+        0xbf, 0xad, 0xde, 0xe1, 0xfe, // mov edi, 0xfee1dead
+        0xbe, 0x69, 0x19, 0x12, 0x28, // mov esi, 672274793
+        0xba, 0x67, 0x45, 0x23, 0x01, // mov edx, 0x01234567
+        0x0f, 0x05, // syscall
+        0xb8, 34, 0, 0, 0, // mov eax, pause
+        0x0f, 0x05, // syscall
+        0xeb, 0xf7, // jmp to pause
     ];
     code.extend_from_slice(line.as_bytes());
     let size = (HEADERS_BYTES + code.len()) as u64;
@@ -477,6 +424,22 @@ mod tests {
         );
         let runs = script("runs", &format!("echo '{PROOF}'"));
         assert!(boot(&runs, Accel::Kvm, kernel.path(), PROBE_DEADLINE).is_ok());
+    }
+
+    /// Run by hand: POLLUX_PROBE_KERNEL=/boot/vmlinuz-… cargo test --lib accel -- --ignored
+    #[test]
+    #[ignore = "needs a kernel image"]
+    fn a_kernel_boots_to_its_first_program_under_tcg() {
+        let kernel = PathBuf::from(std::env::var("POLLUX_PROBE_KERNEL").unwrap());
+        let far = Duration::from_secs(120);
+        println!(
+            "{:?}",
+            boot(Path::new(QEMU), Accel::Tcg, &kernel, far).unwrap()
+        );
+        println!(
+            "{:?}",
+            boot(Path::new(QEMU), Accel::Kvm, &kernel, PROBE_DEADLINE)
+        );
     }
 
     #[test]

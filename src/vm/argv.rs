@@ -389,3 +389,96 @@ pub struct PathTooLong {
 
 /// Longest path of a unix socket (Linux `sockaddr_un.sun_path` less the final NUL).
 pub const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(more: &str) -> VmSpec {
+        VmSpec::parse(
+            &format!(
+                "name = \"a\"\nuuid = \"6f1c0a52-3f0e-4b0c-9a39-3d6a2c1f6f11\"\nmemory = \"64 \
+                 MiB\"\n{more}\n[[disk]]\nname = \"root\"\npath = \"/d\"\nsize = 4096\n[[nic]]\nname = \
+                 \"lan\"\nmac = \"52:54:00:12:34:56\"\nbridge = \"br0\""
+            ),
+            "-",
+        )
+        .unwrap()
+    }
+
+    fn line(spec: &VmSpec, side: Side, run_dir: &str) -> Vec<String> {
+        let paths = VmPaths::new(spec, Path::new(run_dir), Path::new("/dev/shm")).unwrap();
+        command_line(spec, "m-1.0", side, &paths, Accel::Tcg)
+            .into_iter()
+            .map(|arg| arg.into_string().unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn both_sides_differ_in_paths_and_the_incoming_end_only() {
+        for boot in ["kernel = \"/k\"\ncmdline = \"x\"", "boot = \"disk\""] {
+            let spec = spec(boot);
+            let primary = line(&spec, Side::Primary, "/run/one");
+            let mut standby = line(&spec, Side::Standby, "/run/two");
+            assert_eq!(
+                standby.split_off(primary.len()),
+                ["-S", "-incoming", "defer"]
+            );
+            let standby: Vec<String> = standby
+                .iter()
+                .map(|arg| arg.replace("/run/two", "/run/one"))
+                .collect();
+            assert_eq!(primary, standby);
+        }
+    }
+
+    #[test]
+    fn devices_sit_as_the_transport_says() {
+        let devices = |more: &str| -> Vec<String> {
+            let line = line(&spec(more), Side::Primary, "/r");
+            let after = line.iter().zip(line.iter().skip(1));
+            after
+                .filter(|(option, _)| *option == "-device")
+                .map(|(_, value)| value.clone())
+                .collect()
+        };
+        assert_eq!(
+            devices("kernel = \"/k\"\ndevices = [\"virtio-rng-device\"]"),
+            [
+                "virtio-blk-device,id=disk0,drive=d0",
+                "virtio-net-device,id=nic0,netdev=n0,mac=52:54:00:12:34:56",
+                "virtio-rng-device,id=extra0",
+            ]
+        );
+        assert_eq!(
+            devices("boot = \"disk\"\ndevices = [\"virtio-rng-pci\", \"virtio-gpu-pci,id=g\"]"),
+            [
+                "virtio-blk-pci,disable-modern=on,addr=0x2,id=disk0,drive=d0,bootindex=0",
+                "virtio-net-pci,disable-modern=on,addr=0x3,id=nic0,netdev=n0,mac=52:54:00:12:34:56,\
+                 romfile=",
+                "virtio-rng-pci,disable-modern=on,id=extra0",
+                "virtio-gpu-pci,id=g",
+            ]
+        );
+        assert_eq!(
+            devices("boot = \"disk\"\ntransport = \"virtio-pci-modern\"")[0],
+            "virtio-blk-pci,addr=0x2,id=disk0,drive=d0,bootindex=0"
+        );
+    }
+
+    #[test]
+    fn a_comma_in_a_path_stays_in_the_path() {
+        assert_eq!(with_path("path=", Path::new("/a,b,/c")), "path=/a,,b,,/c");
+    }
+
+    #[test]
+    fn a_socket_path_that_does_not_fit_is_told() {
+        let deep = format!("/{}", "x".repeat(SOCKET_PATH_BYTES_MAX));
+        let error = VmPaths::new(&spec("boot = \"disk\""), Path::new(&deep), Path::new("/"));
+        let said = error.unwrap_err().to_string();
+        assert!(
+            said.ends_with("107 are possible: use a shorter run directory"),
+            "{said}"
+        );
+    }
+}

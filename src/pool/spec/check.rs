@@ -4,7 +4,7 @@ use super::devices::{self, model_of};
 use super::error::Problem;
 use super::fields::{Reader, quoted};
 use super::read::SpecNote;
-use super::{Boot, MachineFamily, Protection, Transport, VmSpec};
+use super::{AccelChoice, Boot, MachineFamily, Protection, Transport, VmSpec};
 use std::collections::HashMap;
 
 /// Properties of a device that tie it to a back end, and where that is written instead.
@@ -22,6 +22,7 @@ const BACK_ENDS: &[(&str, &str)] = &[
 /// Report every conflict of a spec whose single values are all right.
 pub(super) fn check(spec: &VmSpec, r: &mut Reader<'_>, notes: &mut Vec<SpecNote>) {
     machine(spec, r);
+    timer(spec, notes);
     names(spec, r);
     for (i, device) in spec.devices.iter().enumerate() {
         one_device(spec, r, notes, &format!("devices[{i}]"), device);
@@ -44,6 +45,26 @@ pub(super) fn check(spec: &VmSpec, r: &mut Reader<'_>, notes: &mut Vec<SpecNote>
             mirror.epoch_gap_min_ms, mirror.epoch_interval_max_ms
         );
         r.report("mirror.epoch_gap_min_ms", Problem::Conflict(why));
+    }
+}
+
+/// A microvm has no HPET and no PM timer, and with ACPI of the reduced kind Linux does
+/// not use its PIT: under TCG, whose CPU does not tell its frequency either, a stock
+/// kernel waits for ever while it calibrates (Debian 6.1 on QEMU 7.2). KVM tells it.
+const TSC_PARAMETER: &str = "tsc_early_khz=";
+
+fn timer(spec: &VmSpec, notes: &mut Vec<SpecNote>) {
+    let Boot::Kernel { cmdline, .. } = &spec.boot else {
+        return;
+    };
+    if spec.machine_family() == MachineFamily::Microvm
+        && spec.accel != AccelChoice::Kvm
+        && !cmdline.contains(TSC_PARAMETER)
+    {
+        notes.push(SpecNote(format!(
+            "under TCG a Linux kernel hangs at its start on a microvm unless it is told the host's TSC \
+             frequency: add {TSC_PARAMETER}<kHz> to `cmdline`, or use machine = \"pc\""
+        )));
     }
 }
 

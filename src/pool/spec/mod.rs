@@ -15,6 +15,8 @@ pub mod devices;
 mod emit;
 mod error;
 mod fields;
+mod machine;
+mod parts;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -22,10 +24,11 @@ mod tree;
 mod values;
 
 pub use error::{Problem, SpecError, SpecProblem};
+pub use machine::{Machine, MachineFamily, Transport, version_key};
 pub use read::{SPEC_TEXT_BYTES_MAX, SpecNote};
 pub use values::{
-    AccelChoice, BadValue, CpuModel, Disk, DiskKind, Durability, MacAddr, Machine, MachineFamily,
-    MemoryBytes, MirrorPolicy, Nic, Protection, SizeBytes, Transport, VmName, version_key,
+    AccelChoice, BadValue, CpuModel, Disk, DiskKind, Durability, MacAddr, MemoryBytes,
+    MirrorPolicy, Nic, Protection, SizeBytes, VmName,
 };
 
 use super::VmId;
@@ -66,6 +69,9 @@ use std::path::PathBuf;
 /// 15 KB in 0.93 ms, q35 likewise 34 KB in 1.09 ms, and q35 with modern
 /// virtio-pci 124 KB in 1.84 ms (QEMU.md section 4). `transport =
 /// "virtio-pci-modern"` is there for guests without a legacy virtio driver.
+///
+/// Under TCG, Linux on a microvm needs `tsc_early_khz=<kHz>` on its command line
+/// (it finds no clock to calibrate by); a spec without it is noted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmSpec {
     /// Name, a DNS label, unique in the pool.

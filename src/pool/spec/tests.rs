@@ -6,7 +6,7 @@ uuid = "6f1c0a52-3f0e-4b0c-9a39-3d6a2c1f6f11"
 memory = "512 MiB"
 vcpus = 2
 kernel = "/boot/vmlinuz"
-cmdline = "console=ttyS0"
+cmdline = "console=ttyS0 tsc_early_khz=2600000"
 protection = "mirrored"
 
 [[disk]]
@@ -56,9 +56,20 @@ fn a_good_spec_is_read_and_resolved() {
 }
 
 #[test]
+fn a_microvm_without_a_clock_is_noted() {
+    let text = with(" tsc_early_khz=2600000", "");
+    let (_, notes) = VmSpec::parse_with_notes(&text, "-").unwrap();
+    assert_eq!(
+        notes[1].to_string(),
+        "under TCG a Linux kernel hangs at its start on a microvm unless it is told the host's TSC \
+         frequency: add tsc_early_khz=<kHz> to `cmdline`, or use machine = \"pc\""
+    );
+}
+
+#[test]
 fn a_vm_that_boots_from_disk_is_a_q35() {
     let text = with(
-        "kernel = \"/boot/vmlinuz\"\ncmdline = \"console=ttyS0\"",
+        "kernel = \"/boot/vmlinuz\"\ncmdline = \"console=ttyS0 tsc_early_khz=2600000\"",
         "boot = \"disk\"",
     );
     let spec = VmSpec::parse(&text, "-").unwrap();
@@ -487,7 +498,7 @@ proptest! {
             TestCaseError::fail(format!("{e}\n{toml}"))
         })?;
         prop_assert_eq!(&read, &spec);
-        prop_assert_eq!(notes, []);
+        prop_assert!(notes.iter().all(|note| note.to_string().contains("tsc_early_khz")), "{notes:?}");
         let json = serde_json::to_value(&spec).unwrap();
         prop_assert_eq!(serde_json::from_value::<VmSpec>(json).unwrap(), spec);
     }
