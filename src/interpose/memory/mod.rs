@@ -45,3 +45,6 @@ pub const PAGE_SIZE: usize = 4096;
 
 /// The content of one guest page.
 pub type Page = [u8; PAGE_SIZE];
+
+#[cfg(test)]
+mod tests;
