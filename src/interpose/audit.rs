@@ -204,7 +204,7 @@ mod tests {
         for (at, byte) in page.iter_mut().enumerate() {
             let mixed = seed
                 .wrapping_mul(0x9E37_79B9_7F4A_7C15)
-                .rotate_left(at as u32 % 64);
+                .rotate_left((at % 64).try_into().expect("small"));
             *byte = mixed.to_le_bytes()[0] ^ at.to_le_bytes()[0];
         }
         page
@@ -218,7 +218,7 @@ mod tests {
         let mut image = RamImage::create(&path, pages * 4096, 0o600, 0, 0).expect("made");
         let mut table = AuditTable::new(pages);
         for round in 1..6u64 {
-            for index in (0..pages).step_by(7 * round as usize) {
+            for index in (0..pages).filter(|index| index % (7 * round) == 0) {
                 image
                     .write_page(index, &content(index ^ round))
                     .expect("written");

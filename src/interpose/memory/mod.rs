@@ -48,3 +48,5 @@ pub type Page = [u8; PAGE_SIZE];
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_qemu;

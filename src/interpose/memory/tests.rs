@@ -110,12 +110,12 @@ fn waits(ms: u64) -> String {
     let none = std::ptr::null_mut();
     // SAFETY: no descriptors, and live timeouts.
     check("poll", 0, &|| unsafe { libc::poll(none, 0, ms_int) }.into());
-    // SAFETY: as above.
     check("ppoll", 0, &|| {
+        // SAFETY: as above.
         unsafe { libc::ppoll(none, 0, &raw const time, std::ptr::null()) }.into()
     });
-    // SAFETY: a live timespec, no remainder wanted.
     check("nanosleep", 0, &|| {
+        // SAFETY: a live timespec, no remainder wanted.
         unsafe { libc::nanosleep(&raw const time, std::ptr::null_mut()) }.into()
     });
     // SAFETY: waits on a live word that nobody wakes.
@@ -557,8 +557,19 @@ fn a_stopped_process_is_refused_and_stays_stopped() {
         assert!(libc::WIFSTOPPED(status));
     }
     assert!(matches!(inject(pid), Err(InjectError::JobStopped { .. })));
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("read");
-    assert!(stat.contains(") T "), "{stat}");
+    // The kernel passes it through its running state back into the stop.
+    let begun = Instant::now();
+    loop {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("read");
+        if stat.contains(") T ") {
+            break;
+        }
+        assert!(
+            begun.elapsed() < Duration::from_secs(10),
+            "runs again: {stat}"
+        );
+        std::thread::yield_now();
+    }
     // SAFETY: as above.
     unsafe { assert_eq!(libc::kill(pid, libc::SIGCONT), 0) };
     writer.run("store 1 1");
