@@ -383,7 +383,9 @@ impl Tracker {
             let pages = piece.pages();
             let pages =
                 usize::try_from(pages.start).unwrap_or(0)..usize::try_from(pages.end).unwrap_or(0);
+            let at = Instant::now();
             carried.take(pages, |index| copy(index as u64));
+            copying += at.elapsed();
             for index in &refused {
                 carried.add(*index);
             }
