@@ -45,3 +45,8 @@ pub const PAGE_SIZE: usize = 4096;
 
 /// The content of one guest page.
 pub type Page = [u8; PAGE_SIZE];
+
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod tests_qemu;

@@ -159,7 +159,7 @@ fn hand_on<E>(
         for index in range.clone() {
             source.copy_page(index, &mut page);
             if let Err(error) = sink(index, &page) {
-                source.carry(&[index..range.end]);
+                source.carry(std::slice::from_ref(&(index..range.end)));
                 source.carry(ranges.get(number + 1..).unwrap_or_default());
                 return Err(SeedError::Sink {
                     index,

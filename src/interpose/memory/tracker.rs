@@ -19,6 +19,15 @@
 //! Forget a page: see the invariant in [`super`]. Report "nothing written"
 //! because the process or its mapping is gone: each scan checks afterwards that
 //! the mapping was still there.
+//!
+//! # What it does not see
+//!
+//! Writes through another process's mapping, and storage punched out of the
+//! file (fallocate, MADV_REMOVE: what virtio-balloon, free page reporting and
+//! virtio-mem do to pages the guest gave up). Such a page reads as zero on the
+//! primary while the copy keeps its last content, until it is written again,
+//! which is seen. The guest has promised not to rely on it, but the two sides
+//! are not equal byte for byte: do not give a mirrored VM such a device.
 
 use super::carried::Carried;
 use super::crew::Crew;
@@ -374,7 +383,9 @@ impl Tracker {
             let pages = piece.pages();
             let pages =
                 usize::try_from(pages.start).unwrap_or(0)..usize::try_from(pages.end).unwrap_or(0);
+            let at = Instant::now();
             carried.take(pages, |index| copy(index as u64));
+            copying += at.elapsed();
             for index in &refused {
                 carried.add(*index);
             }
@@ -507,6 +518,10 @@ impl Tracker {
     fn finish(&mut self, failed: Option<io::Error>) -> Result<(), TrackError> {
         let pid = self.pid;
         let outcome = match failed {
+            // The kernel's word for an address space that has been torn down.
+            Some(source) if source.raw_os_error() == Some(libc::ESRCH) => {
+                Err(TrackError::Gone { pid })
+            }
             Some(source) => Err(TrackError::Broken { pid, source }),
             None => self.check_mapped(),
         };

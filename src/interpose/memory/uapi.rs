@@ -153,8 +153,7 @@ pub(super) fn write_protect(uffd: impl AsFd, addresses: &Range<u64>) -> io::Resu
 /// exactly those again. Returns how many regions were filled and the address
 /// where the walk ended (short of the end if `found` was full).
 ///
-/// Asking for `PAGE_IS_WRITTEN` alone takes the kernel's fast path, which also
-/// reports a page whose storage was punched out as written: its content changed.
+/// Asking for `PAGE_IS_WRITTEN` alone takes the kernel's fast path.
 pub(super) fn pagemap_scan(
     pagemap: impl AsFd,
     addresses: Range<u64>,
