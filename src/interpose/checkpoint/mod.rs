@@ -17,6 +17,8 @@
 pub mod blocks;
 pub mod clock;
 mod cut;
+#[cfg(test)]
+mod measure;
 pub mod promote;
 pub mod stream;
 #[cfg(test)]
