@@ -368,7 +368,7 @@ fn writable_data(maps: &str, exe: &str) -> Vec<std::ops::Range<u64>> {
 /// Advances the guest's clocks in a saved state (header included) by `advance_ns`, for
 /// promotion: what passed between the cut and the promoted guest's first instruction.
 /// The state holds the guest's own counters, so only the elapsed time matters; `tsc_hz`
-/// turns it into ticks ([`ticks_per_second`]).
+/// turns it into ticks ([`super::ticks_per_second`]).
 ///
 /// # Errors
 /// If the state does not begin with section `timer`; it is then unchanged.

@@ -41,7 +41,7 @@ pub struct Monitors {
     pub cont: Qmp,
 }
 
-/// How a [`Checkpointer`] works.
+/// How a [`super::Checkpointer`] works.
 #[derive(Debug, Clone)]
 pub struct CutOptions {
     /// QEMU's process, as pollux sees it.

@@ -220,8 +220,23 @@ fn an_unwritable_state_file_drops_the_epoch_and_the_guest_runs_on() {
     let error = checkpointer.cut(&mut hooks).expect_err("cannot save");
     assert_eq!(error.step, CutStep::Save);
     assert!(error.resumed);
+    assert_eq!(status(&mut vm.monitor("control")), "running");
     std::fs::remove_dir(vm.path("state")).expect("out of the way");
     checkpointer.cut(&mut hooks).expect("the next cut is good");
+}
+
+#[test]
+fn monitors_come_back_with_nothing_typed_on_them() {
+    let vm = TestVm::primary("microvm", &[]);
+    let checkpointer = vm.checkpointer(false);
+    let Monitors {
+        mut stop,
+        mut save,
+        mut cont,
+    } = checkpointer.into_monitors().expect("alive");
+    for monitor in [&mut stop, &mut save, &mut cont] {
+        assert_eq!(status(monitor), "running");
+    }
 }
 
 #[test]
