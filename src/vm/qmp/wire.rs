@@ -94,17 +94,12 @@ impl Qmp {
         within: Duration,
         end: Instant,
     ) -> Result<Value, QmpError> {
-        let spin_end = Instant::now() + self.spin;
         loop {
             if let Some(message) = self.next_held(command)? {
                 return Ok(message);
             }
             if !self.receive(command)? {
-                if Instant::now() < spin_end {
-                    std::hint::spin_loop();
-                } else {
-                    self.wait(command, libc::POLLIN, within, end)?;
-                }
+                self.wait(command, libc::POLLIN, within, end)?;
             }
         }
     }
