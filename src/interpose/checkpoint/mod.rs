@@ -17,6 +17,10 @@
 pub mod blocks;
 pub mod clock;
 mod cut;
+mod host_clock;
+#[cfg(test)]
+mod measure;
+mod outcome;
 pub mod promote;
 pub mod stream;
 #[cfg(test)]
@@ -25,12 +29,11 @@ mod testbed;
 mod tests;
 
 pub use blocks::{BlocksError, capture_blocks_prefix};
-pub use clock::{
-    ClockError, ClockRepair, ClockStamp, HostInstant, patch_state_clock, ticks_per_second,
-};
-pub use cut::{
-    Checkpointer, ClockStatus, Cut, CutCause, CutError, CutHooks, CutOptions, CutStep, CutTimings,
-    Monitors,
+pub use clock::{ClockError, ClockRepair, ClockStamp, patch_state_clock};
+pub use cut::Checkpointer;
+pub use host_clock::{HostInstant, ticks_per_second};
+pub use outcome::{
+    ClockStatus, Cut, CutCause, CutError, CutHooks, CutOptions, CutStep, CutTimings, Monitors,
 };
 pub use promote::{Incoming, PromoteError, PromoteTimings};
 

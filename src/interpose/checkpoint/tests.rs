@@ -67,6 +67,7 @@ fn fails_over(machine: &str) {
     assert_eq!(after.boots, 1, "it went on, it did not boot");
     assert!(after.ticks > before.ticks, "its tick counter went on");
 
+    assert_eq!(reset_vector(&mut qmp), "0xe9 0x0d 0x00");
     qmp.execute("system_reset", Value::Null).expect("reset");
     standby.until("the reboot on the new side", |c| c.boots == 2);
     let rounds = standby.counters().rounds;
@@ -99,7 +100,39 @@ fn a_killed_pc_goes_on_elsewhere_and_reboots() {
     fails_over("pc");
 }
 
-/// Without the prefix the same reboot must fail: else the test above proves nothing.
+/// The three bytes at the reset vector, as the guest sees them.
+fn reset_vector(qmp: &mut Qmp) -> String {
+    let args = json!({ "command-line": "xp /3xb 0xfffffff0" });
+    let shown = qmp.execute("human-monitor-command", args).expect("xp");
+    let shown = shown.as_str().expect("text");
+    shown
+        .split_once(": ")
+        .expect("address: bytes")
+        .1
+        .trim()
+        .to_owned()
+}
+
+/// What the prefix is for: without it the firmware of the promoted VM is empty.
+#[test]
+fn without_the_prefix_there_is_no_firmware_to_boot() {
+    let mut primary = TestVm::primary("microvm", &[]);
+    let mut checkpointer = primary.checkpointer(true);
+    let mut hooks = CopyAll::of(&primary);
+    let cut = checkpointer.cut(&mut hooks).expect("cut");
+    assert_eq!(
+        reset_vector(&mut primary.monitor("control")),
+        "0xe9 0x0d 0x00"
+    );
+    primary.kill();
+    let standby = TestVm::standby("microvm", &[], &hooks.ram);
+    let incoming = Incoming::prepare(standby.monitor("control")).expect("prepare");
+    let (mut qmp, _) = incoming
+        .promote(b"QEVM\0\0\0\x03", &cut.device_state, &mut || Ok(()))
+        .expect("it loads all the same");
+    assert_eq!(reset_vector(&mut qmp), "0x00 0x00 0x00");
+}
+
 #[test]
 fn a_state_that_is_none_is_refused_before_the_standby_is_spent() {
     let standby = TestVm::standby("microvm", &[], &[]);
@@ -187,8 +220,23 @@ fn an_unwritable_state_file_drops_the_epoch_and_the_guest_runs_on() {
     let error = checkpointer.cut(&mut hooks).expect_err("cannot save");
     assert_eq!(error.step, CutStep::Save);
     assert!(error.resumed);
+    assert_eq!(status(&mut vm.monitor("control")), "running");
     std::fs::remove_dir(vm.path("state")).expect("out of the way");
     checkpointer.cut(&mut hooks).expect("the next cut is good");
+}
+
+#[test]
+fn monitors_come_back_with_nothing_typed_on_them() {
+    let vm = TestVm::primary("microvm", &[]);
+    let checkpointer = vm.checkpointer(false);
+    let Monitors {
+        mut stop,
+        mut save,
+        mut cont,
+    } = checkpointer.into_monitors().expect("alive");
+    for monitor in [&mut stop, &mut save, &mut cont] {
+        assert_eq!(status(monitor), "running");
+    }
 }
 
 #[test]
@@ -300,75 +348,4 @@ fn a_closed_monitor_is_told_from_a_refusal() {
     vm.kill();
     let closed = control.execute("stop", Value::Null).expect_err("dead");
     assert!(closed.is_fatal(), "{closed}");
-}
-
-/// Device models of the pause measurement.
-fn devices(transport: &str, serial: bool) -> Vec<String> {
-    let mut args: Vec<String> = Vec::new();
-    let (bus, tail) = match transport {
-        "mmio" => ("device", ""),
-        "legacy" => ("pci", ",disable-modern=on"),
-        "modern" => ("pci", ""),
-        _ => return args,
-    };
-    args.extend([
-        "-netdev".into(),
-        "dgram,id=n0,local.type=unix,local.path=net.qemu,remote.type=unix,remote.path=net.pollux"
-            .into(),
-        "-device".into(),
-        format!("virtio-net-{bus},netdev=n0,mac=52:54:00:00:00:01{tail}"),
-        "-blockdev".into(),
-        "driver=null-co,node-name=d0,size=67108864,read-zeroes=on".into(),
-        "-device".into(),
-        format!("virtio-blk-{bus},drive=d0{tail}"),
-    ]);
-    if serial {
-        args.extend(["-serial".into(), "file:serial.log".into()]);
-    }
-    args
-}
-
-/// Not a test of anything: prints the parts of the pause by machine and transport.
-#[test]
-#[ignore = "a measurement; run alone with --ignored --nocapture"]
-fn pause_by_machine() {
-    const CUTS: usize = 300;
-    for (machine, transport, serial) in [
-        ("microvm,isa-serial=off", "mmio", false),
-        ("microvm,isa-serial=on", "mmio", true),
-        ("q35", "legacy", false),
-        ("q35", "legacy", true),
-        ("q35", "modern", false),
-        ("pc", "legacy", false),
-        ("pc", "legacy", true),
-    ] {
-        let args = devices(transport, serial);
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let vm = TestVm::idle(machine, &args);
-        let mut checkpointer = vm.checkpointer(true);
-        let mut hooks = CopyAll::of(&vm);
-        hooks.copy = false;
-        let mut all: Vec<CutTimings> = Vec::new();
-        let mut bytes = 0;
-        for _ in 0..CUTS {
-            std::thread::sleep(Duration::from_millis(10));
-            let cut = checkpointer.cut(&mut hooks).expect("cut");
-            bytes = cut.device_state.len();
-            all.push(cut.timings);
-        }
-        let part = |of: fn(&CutTimings) -> u64| {
-            let mut values: Vec<u64> = all.iter().map(of).collect();
-            values.sort_unstable();
-            (values[CUTS / 2], values[CUTS * 9 / 10])
-        };
-        eprintln!(
-            "{machine} {transport} serial={serial}: {bytes} bytes; µs p50/p90: \
-             stop {:?} save {:?} cont {:?} pause {:?}; clock {:?}",
-            part(|t| t.stop_us),
-            part(|t| t.save_us),
-            part(|t| t.cont_us),
-            part(|t| t.pause_us),
-            checkpointer.clock_status(),
-        );
-    }
 }

@@ -1,8 +1,8 @@
 //! The client against a scripted peer, which may say anything.
 
 use super::*;
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::thread::JoinHandle;
 
 const PATIENCE: Duration = Duration::from_secs(20);
