@@ -166,7 +166,9 @@ impl Core {
     }
 
     pub fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wrong_mode(&self, state: &State, step: &str, remedy: &'static str) -> DiskError {
@@ -190,7 +192,10 @@ impl Core {
     }
 
     fn epoch_error(&self, reason: &impl ToString) -> DiskError {
-        DiskError::Epoch { path: self.image.path.clone(), reason: reason.to_string() }
+        DiskError::Epoch {
+            path: self.image.path.clone(),
+            reason: reason.to_string(),
+        }
     }
 }
 
@@ -229,9 +234,15 @@ impl Disk {
             changed: Condvar::new(),
             writer_wake: Condvar::new(),
         });
-        let writer = writer::start(Arc::clone(&core))
-            .map_err(|source| DiskError::Thread { path: path.to_owned(), source })?;
-        Ok(Arc::new(Self { core, changing: Mutex::new(()), writer: Some(writer) }))
+        let writer = writer::start(Arc::clone(&core)).map_err(|source| DiskError::Thread {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Arc::new(Self {
+            core,
+            changing: Mutex::new(()),
+            writer: Some(writer),
+        }))
     }
 
     /// Size of the disk, in bytes; never 0.
@@ -377,7 +388,10 @@ impl Disk {
             if state.write_failures != failures {
                 let why = state.write_error.clone().unwrap_or_default();
                 let source = std::io::Error::other(why);
-                return Err(self.core.image.error("write of a committed epoch", 0, source));
+                return Err(self
+                    .core
+                    .image
+                    .error("write of a committed epoch", 0, source));
             }
             state = self.core.wait(state);
         }
@@ -411,10 +425,16 @@ impl Disk {
         let Some(overlay) = state.overlay.as_mut() else {
             return Ok(EpochWrites::default());
         };
-        let (epoch, map, flushed) =
-            overlay.cut(next).map_err(|reason| self.core.epoch_error(&reason))?;
+        let (epoch, map, flushed) = overlay
+            .cut(next)
+            .map_err(|reason| self.core.epoch_error(&reason))?;
         drop(state);
-        Ok(EpochWrites { epoch, writes: map.writes(), flushed, bytes: map.payload_bytes() })
+        Ok(EpochWrites {
+            epoch,
+            writes: map.writes(),
+            flushed,
+            bytes: map.payload_bytes(),
+        })
     }
 
     /// All cut epochs up to `through` are committed: they are written to the file in the
@@ -442,7 +462,11 @@ impl Disk {
                 .uncut(from, running)
                 .map_err(|reason| self.core.epoch_error(&reason));
         }
-        Err(self.core.wrong_mode(&state, "take an epoch back", "only a mirrored disk has epochs"))
+        Err(self.core.wrong_mode(
+            &state,
+            "take an epoch back",
+            "only a mirrored disk has epochs",
+        ))
     }
 
     /// Forget everything that is not committed: the other side took over. Answers how many bytes
@@ -453,7 +477,9 @@ impl Disk {
     pub fn discard_uncommitted(&self) -> Result<u64, DiskError> {
         let mut guard = self.core.lock();
         if guard.mode != ModeKind::Stopped {
-            return Err(self.core.wrong_mode(&guard, "discard writes", "stop the disk first"));
+            return Err(self
+                .core
+                .wrong_mode(&guard, "discard writes", "stop the disk first"));
         }
         let state = &mut *guard;
         let mut bytes = 0;
@@ -540,7 +566,11 @@ impl Disk {
         core.changed.notify_all();
         drop(state);
         result.map_err(|source| {
-            core.image.error("applying an epoch", writes.first().map_or(0, |w| w.offset), source)
+            core.image.error(
+                "applying an epoch",
+                writes.first().map_or(0, |w| w.offset),
+                source,
+            )
         })
     }
 
@@ -580,7 +610,9 @@ impl Disk {
     /// The file system refused to tell.
     pub fn allocated_ranges(&self) -> Result<Vec<Range<u64>>, DiskError> {
         let image = &self.core.image;
-        image.allocated(DIRTY_BLOCK_BYTES).map_err(|e| image.error("looking for data", 0, e))
+        image
+            .allocated(DIRTY_BLOCK_BYTES)
+            .map_err(|e| image.error("looking for data", 0, e))
     }
 
     /// Bytes of the file itself, without the overlay; at most 32 MiB at once.
@@ -592,7 +624,9 @@ impl Disk {
         let len = usize::try_from(range.end - range.start).unwrap_or(0);
         let mut bytes = vec![0; len];
         let image = &self.core.image;
-        image.read(&mut bytes, range.start).map_err(|e| image.error("read", range.start, e))?;
+        image
+            .read(&mut bytes, range.start)
+            .map_err(|e| image.error("read", range.start, e))?;
         Ok(bytes.into())
     }
 
@@ -601,7 +635,10 @@ impl Disk {
     /// # Errors
     /// The file fails.
     pub fn sync(&self) -> Result<(), DiskError> {
-        self.core.image.sync().map_err(|e| self.core.image.error("sync", 0, e))
+        self.core
+            .image
+            .sync()
+            .map_err(|e| self.core.image.error("sync", 0, e))
     }
 
     /// Wait until every committed epoch is in the file.

@@ -12,8 +12,10 @@ mod gate;
 mod port;
 mod pump;
 mod tap;
+#[cfg(test)]
+mod tests;
 
 pub use announce::{MacAddr, rarp_frame};
-pub use gate::{GATE_BYTES_MAX, GATE_PACKETS_MAX, Gate, GateFull, Held, Pushed};
+pub use gate::{FRAME_BYTES_MAX, GATE_BYTES_MAX, GATE_PACKETS_MAX, Gate, GateFull, Held, Pushed};
 pub use port::{NetError, NetHooks, NetMode, NetPort, NetPortConfig, NetStats, TapSource};
 pub use tap::{Tap, TapError};
