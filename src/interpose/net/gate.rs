@@ -264,7 +264,7 @@ mod tests {
     #[test]
     fn pressure_is_told_once_until_it_is_gone() {
         let mut gate = Gate::with_limits(4, 1 << 20);
-        let mut push = |gate: &mut Gate| {
+        let push = |gate: &mut Gate| {
             gate.push(Epoch(1), Bytes::from_static(b"x"), Duration::ZERO)
                 .map(|p| p.pressure)
         };

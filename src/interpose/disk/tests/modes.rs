@@ -215,23 +215,35 @@ fn flushes_and_fua_mark_their_epoch() {
     assert!(test.disk.cut(Epoch(5)).expect("a cut").flushed);
 }
 
+/// A sealed memfd opens for writing but takes no write: the nearest thing to a failed device.
 #[test]
-fn a_file_that_fails_keeps_the_epoch_in_memory() {
-    let test = test_disk(MIB, |_| {});
-    put(&test.disk, data(0, 7, 4096));
-    let cut = test.disk.cut(Epoch(2)).expect("a cut");
-    // A file that has no room: limit the size a process may write is per process, so use the
-    // one file that always fails.
-    let full = Disk::open(
-        std::path::Path::new("/dev/full"),
-        512,
-        DiskOptions::new(Mode::Overlay { epoch: Epoch(1) }, Generation(1)),
-    );
-    assert!(
-        matches!(full, Err(DiskError::Smaller { .. })),
-        "a device without a size"
-    );
-    test.disk.commit(cut.epoch);
-    test.disk.wait_written().expect("written");
-    assert_eq!(test.disk.stats().overlay_epochs, 1);
+fn a_file_that_fails_keeps_the_epoch_in_memory_and_says_so() {
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use std::os::fd::AsRawFd;
+    let memfd = memfd_create("image", MFdFlags::MFD_ALLOW_SEALING).expect("a memfd");
+    nix::unistd::ftruncate(&memfd, i64::try_from(MIB).expect("small")).expect("sized");
+    let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
+    let (send, told) = mpsc::channel();
+    let mut options = DiskOptions::new(Mode::Overlay { epoch: Epoch(1) }, Generation(1));
+    options.hooks.on_write_error = Some(Arc::new(move |error| {
+        let _ = send.send(error.to_string());
+    }));
+    let disk = Disk::open(std::path::Path::new(&path), MIB, options).expect("a disk");
+    fcntl(&memfd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).expect("sealed");
+    put(&disk, data(0, 7, 4096));
+    let cut = disk.cut(Epoch(2)).expect("a cut");
+    disk.commit(cut.epoch);
+    assert!(told.recv().expect("told").contains("not permitted"));
+    assert!(disk.stats().write_error.is_some());
+    put(&disk, data(4096, 8, 4096));
+    let refused = disk
+        .go_direct(Generation(1))
+        .expect_err("cannot be written")
+        .to_string();
+    assert!(refused.contains("committed epoch"), "{refused}");
+    assert!(matches!(disk.mode(), Mode::Overlay { .. }));
+    assert_eq!((get(&disk, 0, 1), get(&disk, 4096, 1)), (vec![7], vec![8]));
+    put(&disk, data(0, 9, 1));
+    assert_eq!(get(&disk, 0, 2), [9, 7], "the guest goes on");
 }
