@@ -47,13 +47,18 @@ pub enum Mode {
     Stopped,
 }
 
+/// Called when the overlay fills.
+pub type PressureHook = Arc<dyn Fn() + Send + Sync>;
+/// Called with what the kernel said.
+pub type WriteErrorHook = Arc<dyn Fn(&std::io::Error) + Send + Sync>;
+
 /// Calls out of a disk. Called from I/O threads with no lock held; they must not block.
 #[derive(Clone, Default)]
 pub struct DiskHooks {
     /// The overlay is half full: take a checkpoint now. Once per running epoch.
-    pub on_pressure: Option<Arc<dyn Fn() + Send + Sync>>,
+    pub on_pressure: Option<PressureHook>,
     /// A committed epoch could not be written to the file (it is retried until it can).
-    pub on_write_error: Option<Arc<dyn Fn(&std::io::Error) + Send + Sync>>,
+    pub on_write_error: Option<WriteErrorHook>,
 }
 
 /// How to open a disk.

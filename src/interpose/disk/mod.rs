@@ -27,7 +27,7 @@ mod tests;
 mod writer;
 
 pub use dirty::DIRTY_BLOCK_BYTES;
-pub use disk::{Disk, DiskHooks, DiskOptions, EpochWrites, Mode};
+pub use disk::{Disk, DiskHooks, DiskOptions, EpochWrites, Mode, PressureHook, WriteErrorHook};
 pub use extents::{DiskWrite, WriteData};
 pub use image::{DiskError, READ_BASE_BYTES_MAX, SECTOR_BYTES, create_sparse, create_sparse_for};
 pub use pressure::OVERLAY_BYTES_MAX_DEFAULT;

@@ -17,5 +17,7 @@ mod tests;
 
 pub use announce::{MacAddr, rarp_frame};
 pub use gate::{FRAME_BYTES_MAX, GATE_BYTES_MAX, GATE_PACKETS_MAX, Gate, GateFull, Held, Pushed};
-pub use port::{NetError, NetHooks, NetMode, NetPort, NetPortConfig, NetStats, TapSource};
+pub use port::{
+    FrameHook, NetError, NetHooks, NetMode, NetPort, NetPortConfig, NetStats, NicHook, TapSource,
+};
 pub use tap::{Tap, TapError};

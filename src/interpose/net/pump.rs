@@ -69,8 +69,8 @@ impl Pump {
             };
             for event in &events[..ready] {
                 match event.data() {
-                    FROM_QEMU => self.from_qemu(),
-                    FROM_TAP => self.from_tap(),
+                    FROM_QEMU => self.pump_egress(),
+                    FROM_TAP => self.pump_ingress(),
                     TO_QEMU => self.unstick(),
                     _ => {
                         // Reading resets it; it cannot fail while readable.
@@ -86,7 +86,7 @@ impl Pump {
     }
 
     /// Guest to gate or tap.
-    fn from_qemu(&mut self) {
+    fn pump_egress(&mut self) {
         let shared = Arc::clone(&self.shared);
         // Direct frames are written under `order`; it must be taken first, so look, take, look.
         let direct = shared.lock_state().mode == NetMode::Direct;
@@ -112,7 +112,7 @@ impl Pump {
     }
 
     /// Tap to guest.
-    fn from_tap(&mut self) {
+    fn pump_ingress(&mut self) {
         let shared = Arc::clone(&self.shared);
         for _ in 0..BATCH {
             // Injected frames are older.

@@ -113,6 +113,7 @@ fn a_lower_generation_and_a_wrong_step_change_nothing() {
 }
 
 #[test]
+#[allow(clippy::single_range_in_vec_init)] // Lists of ranges that happen to have one.
 fn seeding_sees_every_direct_write() {
     let test = test_disk(MIB, |options| options.mode = Mode::Direct);
     let disk = &test.disk;

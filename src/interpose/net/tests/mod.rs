@@ -152,14 +152,6 @@ pub(super) fn test_port(mode: NetMode) -> TestPort {
         hooks,
     })
     .expect("a port");
-    qemu.connect(folder.path().join("pollux"))
-        .expect("QEMU knows the port");
-    // Connected, it would hear only the port's bound socket; QEMU's is not connected.
-    drop(qemu);
-    let qemu_path = folder.path().join("qemu");
-    std::fs::remove_file(&qemu_path).expect("removed");
-    let qemu = UnixDatagram::bind(&qemu_path).expect("QEMU's socket");
-    qemu.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     TestPort {
         port,
         qemu,
