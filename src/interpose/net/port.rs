@@ -18,26 +18,22 @@
 //! filters.
 
 use super::announce::{MacAddr, rarp_frame};
+use super::config::{NetError, NetHooks, NetMode, NetPortConfig, NetStats, TapSource};
 use super::gate::{FRAME_BYTES_MAX, Gate};
 use super::pump;
-use super::tap::{Tap, TapError};
-use crate::interpose::disk::Owner;
+use super::socket::bind;
+use super::tap::Tap;
 use crate::pool::{Epoch, Generation};
 use bytes::Bytes;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{setsockopt, sockopt};
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-
-/// Socket buffers asked for: a burst of a thousand full frames with their kernel overhead.
-const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
 /// Frames taken out of the gate under one lock.
 const RELEASE_BATCH: usize = 256;
@@ -49,158 +45,6 @@ const CUT_FRAMES_MAX: usize = 8192;
 
 /// Most frames waiting to be injected: as many as a gate holds.
 const INJECT_FRAMES_MAX: usize = super::gate::GATE_PACKETS_MAX;
-
-/// Where frames go.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum NetMode {
-    /// Solo: frames pass at once.
-    Direct,
-    /// Mirrored primary: the guest's frames wait under the running epoch.
-    Hold {
-        /// The running epoch.
-        epoch: Epoch,
-    },
-    /// Standby: both directions are dropped.
-    Standby,
-    /// Deposed: both directions are dropped, all held frames were discarded.
-    Stopped,
-}
-
-/// Called with the NIC's index.
-pub type NicHook = Arc<dyn Fn(usize) + Send + Sync>;
-/// Called with the NIC's index and a frame.
-pub type FrameHook = Arc<dyn Fn(usize, &[u8]) + Send + Sync>;
-
-/// Calls out of a port. Called from the port's thread with no lock held; they must not block.
-#[derive(Clone, Default)]
-pub struct NetHooks {
-    /// The first frame waits in the running epoch.
-    pub on_output_waiting: Option<NicHook>,
-    /// A frame was handed to the guest in mode Hold: for the standby's replay.
-    pub on_ingress: Option<FrameHook>,
-    /// The gate is half full: take a checkpoint now.
-    pub on_pressure: Option<NicHook>,
-}
-
-/// The tap of a port.
-#[derive(Debug)]
-pub enum TapSource {
-    /// One made already.
-    Ready(Tap),
-    /// Make one in the calling thread's network namespace.
-    Create {
-        /// Interface name, at most 15 bytes.
-        name: String,
-        /// Largest packet, in bytes.
-        mtu: u32,
-        /// Bridge to join.
-        bridge: Option<String>,
-    },
-}
-
-/// What a port is made of.
-pub struct NetPortConfig {
-    /// Index of the NIC in the VM, passed to the hooks.
-    pub nic: usize,
-    /// The host's side.
-    pub tap: TapSource,
-    /// Socket the port binds: QEMU's `remote.path`.
-    pub pollux_sock: PathBuf,
-    /// Socket QEMU binds: its `local.path`. May appear later and be replaced at any time.
-    pub qemu_sock: PathBuf,
-    /// Who may send to the port; `None`: the daemon's own user.
-    pub owner: Option<Owner>,
-    /// The guest's address, for announcements.
-    pub mac: MacAddr,
-    /// Mode to begin with.
-    pub mode: NetMode,
-    /// Generation in force.
-    pub generation: Generation,
-    /// Calls out.
-    pub hooks: NetHooks,
-}
-
-/// Why a port could not start or change.
-#[derive(Debug, thiserror::Error)]
-pub enum NetError {
-    /// No tap.
-    #[error(transparent)]
-    Tap(#[from] TapError),
-    /// The path is taken.
-    #[error("{path} is in use: is this VM running already?")]
-    InUse {
-        /// The socket.
-        path: PathBuf,
-    },
-    /// Something that is not a socket is in the way.
-    #[error("{path} exists and is not a socket: remove it, or choose another path")]
-    NotASocket {
-        /// What is in the way.
-        path: PathBuf,
-    },
-    /// A step of setting up failed.
-    #[error("cannot {doing} for the network socket {path}: {source}")]
-    Step {
-        /// The step.
-        doing: &'static str,
-        /// The socket.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// A deposed side spoke.
-    #[error(
-        "NIC {nic}: refused for {given:?}, {in_force:?} is in force: another side has taken over \
-         since"
-    )]
-    StaleGeneration {
-        /// Index of the NIC.
-        nic: usize,
-        /// Generation given.
-        given: Generation,
-        /// Generation in force.
-        in_force: Generation,
-    },
-    /// A step that does not fit the mode.
-    #[error("NIC {nic}: cannot {step} in mode {mode:?}")]
-    WrongMode {
-        /// Index of the NIC.
-        nic: usize,
-        /// What was asked.
-        step: &'static str,
-        /// Mode it was in.
-        mode: NetMode,
-    },
-    /// Epoch numbers that do not fit.
-    #[error("NIC {nic}: epoch {given:?} does not fit the running epoch {running:?}")]
-    Epoch {
-        /// Index of the NIC.
-        nic: usize,
-        /// Epoch given.
-        given: Epoch,
-        /// The running epoch.
-        running: Epoch,
-    },
-}
-
-/// Counters since the port was started, and what it holds now.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct NetStats {
-    /// Frames waiting for their commit.
-    pub held_packets: u64,
-    /// Their bytes.
-    pub held_bytes: u64,
-    /// Age of the oldest of them, in microseconds; 0 without one.
-    pub oldest_us: u64,
-    /// Guest frames dropped because the gate was full.
-    pub dropped_full: u64,
-    /// Frames dropped for another reason: mode, size, tap down, QEMU away.
-    pub dropped_other: u64,
-    /// Frames written to the tap.
-    pub egress: u64,
-    /// Frames handed to the guest.
-    pub ingress: u64,
-}
 
 /// One NIC. Its thread, sockets and tap go when it is dropped.
 pub struct NetPort {
@@ -611,46 +455,5 @@ fn hold_epoch(shared: &Shared, state: &State, step: &'static str) -> Result<Epoc
             step,
             mode,
         }),
-    }
-}
-
-/// Bind the port's socket, replacing one left behind by a dead daemon.
-fn bind(path: &Path, owner: Option<Owner>) -> Result<UnixDatagram, NetError> {
-    let step = |doing, source| NetError::Step {
-        doing,
-        path: path.to_owned(),
-        source,
-    };
-    if let Ok(there) = std::fs::symlink_metadata(path) {
-        if !there.file_type().is_socket() {
-            return Err(NetError::NotASocket {
-                path: path.to_owned(),
-            });
-        }
-        let probe = UnixDatagram::unbound().map_err(|e| step("make a socket", e))?;
-        if probe.connect(path).is_ok() {
-            return Err(NetError::InUse {
-                path: path.to_owned(),
-            });
-        }
-        std::fs::remove_file(path).map_err(|e| step("replace what is there", e))?;
-    }
-    let socket = UnixDatagram::bind(path).map_err(|e| step("bind", e))?;
-    if let Some(Owner { uid, gid }) = owner {
-        std::os::unix::fs::chown(path, Some(uid), Some(gid))
-            .map_err(|e| step("change the owner", e))?;
-    }
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
-        .map_err(|e| step("set the mode", e))?;
-    raise_buffers(&socket);
-    Ok(socket)
-}
-
-/// Ask for large buffers; without the privilege the port works, with more drops under bursts.
-pub(super) fn raise_buffers(socket: &UnixDatagram) {
-    let receive = setsockopt(socket, sockopt::RcvBufForce, &SOCKET_BUFFER_BYTES);
-    let send = setsockopt(socket, sockopt::SndBufForce, &SOCKET_BUFFER_BYTES);
-    if let Err(error) = receive.and(send) {
-        tracing::info!(%error, "socket buffers stay at their default: needs CAP_NET_ADMIN");
     }
 }

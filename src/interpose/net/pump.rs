@@ -1,8 +1,10 @@
 //! The thread of a port: moves frames between QEMU's socket, the gate and the tap.
 
 use super::announce::{ANNOUNCE_AT, rarp_frame};
+use super::config::NetMode;
 use super::gate::FRAME_BYTES_MAX;
-use super::port::{NetMode, Shared, State, raise_buffers};
+use super::port::{Shared, State};
+use super::socket::raise_buffers;
 use bytes::Bytes;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use std::io::{self, Read};
