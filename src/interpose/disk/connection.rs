@@ -50,8 +50,16 @@ pub(super) fn serve(
         return Ok(());
     }
     stream.set_read_timeout(None)?;
-    let replies = Arc::new(Replies { out: Mutex::default(), stream: stream.try_clone()? });
-    let mut input = Input { stream, buffer: vec![0; IN_BUFFER_BYTES], start: 0, end: 0 };
+    let replies = Arc::new(Replies {
+        out: Mutex::default(),
+        stream: stream.try_clone()?,
+    });
+    let mut input = Input {
+        stream,
+        buffer: vec![0; IN_BUFFER_BYTES],
+        start: 0,
+        end: 0,
+    };
     let mut arrived = Instant::now();
     loop {
         let Some(header) = input.take_buffered::<{ nbd::REQUEST_BYTES }>() else {
@@ -75,7 +83,14 @@ pub(super) fn serve(
         } else {
             Bytes::new()
         };
-        Exchange { disk, replies: &replies, jobs, request, arrived }.carry_out(payload)?;
+        Exchange {
+            disk,
+            replies: &replies,
+            jobs,
+            request,
+            arrived,
+        }
+        .carry_out(payload)?;
     }
 }
 
@@ -193,7 +208,11 @@ impl Replies {
     fn put(&self, put: impl FnOnce(&mut Vec<u8>)) -> io::Result<()> {
         let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
         put(&mut out);
-        if out.len() >= OUT_BUFFER_BYTES { self.send_locked(&mut out) } else { Ok(()) }
+        if out.len() >= OUT_BUFFER_BYTES {
+            self.send_locked(&mut out)
+        } else {
+            Ok(())
+        }
     }
 
     fn send(&self) -> io::Result<()> {
@@ -234,17 +253,29 @@ struct Exchange<'a> {
 
 impl Exchange<'_> {
     fn carry_out(&self, payload: Bytes) -> io::Result<()> {
-        let Request { offset, len, flags, .. } = self.request;
+        let Request {
+            offset, len, flags, ..
+        } = self.request;
         let len64 = u64::from(len);
         match self.request.command {
             Command::Read if len > nbd::PAYLOAD_BYTES_MAX => self.answer(Errno::Overflow),
             Command::Read => self.read(),
-            Command::Write => self.write(DiskWrite { offset, data: WriteData::Data(payload) }),
-            Command::Trim => self.write(DiskWrite { offset, data: WriteData::Trim(len64) }),
-            Command::WriteZeroes if flags & command_flag::NO_HOLE == 0 => {
-                self.write(DiskWrite { offset, data: WriteData::Trim(len64) })
-            }
-            Command::WriteZeroes => self.write(DiskWrite { offset, data: WriteData::Zero(len64) }),
+            Command::Write => self.write(DiskWrite {
+                offset,
+                data: WriteData::Data(payload),
+            }),
+            Command::Trim => self.write(DiskWrite {
+                offset,
+                data: WriteData::Trim(len64),
+            }),
+            Command::WriteZeroes if flags & command_flag::NO_HOLE == 0 => self.write(DiskWrite {
+                offset,
+                data: WriteData::Trim(len64),
+            }),
+            Command::WriteZeroes => self.write(DiskWrite {
+                offset,
+                data: WriteData::Zero(len64),
+            }),
             Command::Flush if self.disk.sync_waits() => {
                 self.slow(|disk| errno(disk.guest_flush().map(|()| true), true));
                 Ok(())
@@ -255,7 +286,12 @@ impl Exchange<'_> {
     }
 
     fn read(&self) -> io::Result<()> {
-        let Request { cookie, offset, len, .. } = self.request;
+        let Request {
+            cookie,
+            offset,
+            len,
+            ..
+        } = self.request;
         let (disk, arrived) = (self.disk, self.arrived);
         let mut done = true;
         self.replies.put(|out| {
@@ -267,7 +303,15 @@ impl Exchange<'_> {
                 self.jobs,
                 Box::new(move || {
                     let mut reply = Vec::new();
-                    put_read(&mut reply, &disk, cookie, offset, len, Patience::Wait, arrived);
+                    put_read(
+                        &mut reply,
+                        &disk,
+                        cookie,
+                        offset,
+                        len,
+                        Patience::Wait,
+                        arrived,
+                    );
                     replies.put_and_send(|out| out.append(&mut reply));
                 }),
             );
@@ -287,11 +331,15 @@ impl Exchange<'_> {
         if self.disk.holds_back() {
             self.replies.send()?;
         }
-        self.answer(errno(self.disk.guest_write(write, fua, arrived).map(|()| true), true))
+        self.answer(errno(
+            self.disk.guest_write(write, fua, arrived).map(|()| true),
+            true,
+        ))
     }
 
     fn answer(&self, errno: Errno) -> io::Result<()> {
-        self.replies.put(|out| nbd::put_simple_reply(out, errno, self.request.cookie))
+        self.replies
+            .put(|out| nbd::put_simple_reply(out, errno, self.request.cookie))
     }
 
     fn slow(&self, work: impl FnOnce(&Disk) -> Errno + Send + 'static) {

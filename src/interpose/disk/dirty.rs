@@ -18,7 +18,11 @@ impl DirtyBitmap {
     pub fn begin(&mut self, disk_bytes: u64) {
         let blocks = disk_bytes.div_ceil(DIRTY_BLOCK_BYTES);
         let words = usize::try_from(blocks.div_ceil(64)).unwrap_or(usize::MAX);
-        *self = Self { words: vec![0; words], active: true, disk_bytes };
+        *self = Self {
+            words: vec![0; words],
+            active: true,
+            disk_bytes,
+        };
     }
 
     pub fn end(&mut self) {

@@ -1,16 +1,6 @@
 //! A disk: what a read sees, where a write goes, and who may write.
 //!
-//! ```text
-//!              set_mode                       go_direct
-//!   Standby ────────────> Direct <──────────────────────── Overlay
-//!    ^  │ └───────────────────────────────────────────────> ^  │
-//!    │  │                   └──── set_mode ────────────────> │  │
-//!    │  └──────────────┬──────────────┬────────────────────────┤
-//!    │                 v   set_mode   v                        │
-//!    ├────────────── Stopped (-> Direct, Overlay only with a   │
-//!    │                        higher generation)               │
-//!    └──────────── (switchover: all committed, written) ───────┘
-//! ```
+//! Which mode follows which, and how, is in `modes`.
 //!
 //! Invariants: the file never holds a byte of an uncommitted epoch; an epoch leaves the overlay
 //! only after the file holds it, so a read is right at every instant; a lower generation changes
@@ -20,8 +10,8 @@ use super::Durability;
 use super::dirty::{DIRTY_BLOCK_BYTES, DirtyBitmap};
 use super::extents::DiskWrite;
 use super::image::{DiskError, Image, READ_BASE_BYTES_MAX};
+use super::options::{DiskHooks, DiskOptions, Mode};
 use super::overlay::Overlay;
-use super::pressure::OVERLAY_BYTES_MAX_DEFAULT;
 use super::stats::{Counters, DiskStats};
 use super::writer;
 use crate::pool::{Epoch, Generation};
@@ -30,60 +20,6 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-
-/// What a disk does with reads and writes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Mode {
-    /// Solo: writes go straight to the file, a flush is fdatasync.
-    Direct,
-    /// Mirrored primary: writes stay in the overlay under the running epoch, acknowledged at once.
-    Overlay {
-        /// The epoch that runs from now.
-        epoch: Epoch,
-    },
-    /// Standby's copy: reads served, guest writes refused, [`Disk::apply`] writes.
-    Standby,
-    /// Deposed or shut down: everything is refused. What was committed before is still written.
-    Stopped,
-}
-
-/// Calls out of a disk. Called from I/O threads with no lock held; they must not block.
-#[derive(Clone, Default)]
-pub struct DiskHooks {
-    /// The overlay is half full: take a checkpoint now. Once per running epoch.
-    pub on_pressure: Option<Arc<dyn Fn() + Send + Sync>>,
-    /// A committed epoch could not be written to the file (it is retried until it can).
-    pub on_write_error: Option<Arc<dyn Fn(&std::io::Error) + Send + Sync>>,
-}
-
-/// How to open a disk.
-#[derive(Clone)]
-pub struct DiskOptions {
-    /// Mode to begin with.
-    pub mode: Mode,
-    /// Generation in force.
-    pub generation: Generation,
-    /// Durability policy.
-    pub durability: Durability,
-    /// Limit of the overlay, in bytes of memory; see [`OVERLAY_BYTES_MAX_DEFAULT`].
-    pub overlay_bytes_max: u64,
-    /// Calls out.
-    pub hooks: DiskHooks,
-}
-
-impl DiskOptions {
-    /// Defaults around a mode and a generation.
-    #[must_use]
-    pub fn new(mode: Mode, generation: Generation) -> Self {
-        Self {
-            mode,
-            generation,
-            durability: Durability::default(),
-            overlay_bytes_max: OVERLAY_BYTES_MAX_DEFAULT,
-            hooks: DiskHooks::default(),
-        }
-    }
-}
 
 /// One epoch's writes, taken by [`Disk::cut`].
 #[derive(Clone, Debug, Default)]
@@ -102,7 +38,7 @@ pub struct EpochWrites {
 pub struct Disk {
     pub(super) core: Arc<Core>,
     /// One change of mode at a time.
-    changing: Mutex<()>,
+    pub(super) changing: Mutex<()>,
     writer: Option<JoinHandle<()>>,
 }
 
@@ -166,10 +102,12 @@ impl Core {
     }
 
     pub fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wrong_mode(&self, state: &State, step: &str, remedy: &'static str) -> DiskError {
+    pub fn wrong_mode(&self, state: &State, step: &str, remedy: &'static str) -> DiskError {
         DiskError::WrongMode {
             path: self.image.path.clone(),
             step: step.to_owned(),
@@ -178,7 +116,7 @@ impl Core {
         }
     }
 
-    fn check_generation(&self, state: &State, given: Generation) -> Result<(), DiskError> {
+    pub fn check_generation(&self, state: &State, given: Generation) -> Result<(), DiskError> {
         if given < state.generation {
             return Err(DiskError::StaleGeneration {
                 path: self.image.path.clone(),
@@ -190,7 +128,10 @@ impl Core {
     }
 
     fn epoch_error(&self, reason: &impl ToString) -> DiskError {
-        DiskError::Epoch { path: self.image.path.clone(), reason: reason.to_string() }
+        DiskError::Epoch {
+            path: self.image.path.clone(),
+            reason: reason.to_string(),
+        }
     }
 }
 
@@ -229,9 +170,15 @@ impl Disk {
             changed: Condvar::new(),
             writer_wake: Condvar::new(),
         });
-        let writer = writer::start(Arc::clone(&core))
-            .map_err(|source| DiskError::Thread { path: path.to_owned(), source })?;
-        Ok(Arc::new(Self { core, changing: Mutex::new(()), writer: Some(writer) }))
+        let writer = writer::start(Arc::clone(&core)).map_err(|source| DiskError::Thread {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Arc::new(Self {
+            core,
+            changing: Mutex::new(()),
+            writer: Some(writer),
+        }))
     }
 
     /// Size of the disk, in bytes; never 0.
@@ -261,129 +208,6 @@ impl Disk {
         self.core.lock().generation
     }
 
-    /// Change mode. Answers when no I/O of the old mode is under way; guest I/O waits meanwhile
-    /// (except for `Stopped`, which refuses it at once). To the same mode: only raises the
-    /// generation. `Overlay -> Direct` is [`Disk::go_direct`].
-    ///
-    /// # Errors
-    /// A lower generation, a step the table in this module does not have, uncommitted writes
-    /// where there may be none, or the file cannot take what is committed. Nothing has changed then.
-    pub fn set_mode(&self, mode: Mode, generation: Generation) -> Result<(), DiskError> {
-        let to = ModeKind::from(mode);
-        if to == ModeKind::Stopped {
-            return self.stop(generation);
-        }
-        if to == ModeKind::Direct && self.core.lock().mode == ModeKind::Overlay {
-            return self.go_direct(generation);
-        }
-        let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let core = &*self.core;
-        let mut state = core.lock();
-        core.check_generation(&state, generation)?;
-        if state.mode == to {
-            let running = state.overlay.as_ref().map(Overlay::running);
-            if let Mode::Overlay { epoch } = mode
-                && running != Some(epoch)
-            {
-                let remedy = "epochs advance by `cut` alone";
-                return Err(core.wrong_mode(&state, "change the running epoch", remedy));
-            }
-            state.generation = generation;
-            return Ok(());
-        }
-        let uncommitted = state.overlay.as_ref().is_some_and(Overlay::has_uncommitted);
-        match (state.mode, to) {
-            (ModeKind::Direct, ModeKind::Overlay)
-            | (ModeKind::Standby, ModeKind::Direct | ModeKind::Overlay) => {}
-            (ModeKind::Overlay | ModeKind::Stopped, _) if uncommitted => {
-                let remedy = "it holds uncommitted writes: commit them, or stop and discard them";
-                return Err(core.wrong_mode(&state, &format!("become {to:?}"), remedy));
-            }
-            (ModeKind::Overlay | ModeKind::Stopped, ModeKind::Standby) => {}
-            (ModeKind::Stopped, _) if generation > state.generation => {}
-            (ModeKind::Stopped, _) => {
-                let remedy = "a stopped disk runs again only under a higher generation";
-                return Err(core.wrong_mode(&state, &format!("become {to:?}"), remedy));
-            }
-            _ => {
-                let remedy = "stop it first";
-                return Err(core.wrong_mode(&state, &format!("become {to:?}"), remedy));
-            }
-        }
-        let from = state.mode;
-        let mut state = self.quiesce(state)?;
-        // A stop does not wait for its turn.
-        if state.mode != from || generation < state.generation {
-            state.admission_closed = false;
-            core.changed.notify_all();
-            let remedy = "it was stopped meanwhile";
-            return Err(core.wrong_mode(&state, &format!("become {to:?}"), remedy));
-        }
-        state.mode = to;
-        state.generation = generation;
-        state.overlay = match mode {
-            Mode::Overlay { epoch } => Some(Overlay::new(epoch)),
-            _ => None,
-        };
-        state.pressure_told = false;
-        state.admission_closed = false;
-        core.changed.notify_all();
-        Ok(())
-    }
-
-    /// Refuse everything from now on; answers when nothing is under way any more. Does not wait
-    /// for another change of mode: being deposed is urgent.
-    fn stop(&self, generation: Generation) -> Result<(), DiskError> {
-        let core = &*self.core;
-        let mut state = core.lock();
-        core.check_generation(&state, generation)?;
-        state.mode = ModeKind::Stopped;
-        state.generation = generation;
-        core.changed.notify_all();
-        while state.direct_in_flight > 0 {
-            state = core.wait(state);
-        }
-        Ok(())
-    }
-
-    /// Close admission and wait until the file is at rest and holds every committed epoch.
-    /// On error admission is open again.
-    fn quiesce<'a>(
-        &'a self,
-        mut state: MutexGuard<'a, State>,
-    ) -> Result<MutexGuard<'a, State>, DiskError> {
-        state.admission_closed = true;
-        while state.direct_in_flight > 0 {
-            state = self.core.wait(state);
-        }
-        match self.drain(state) {
-            Ok(state) => Ok(state),
-            Err(error) => {
-                self.core.lock().admission_closed = false;
-                self.core.changed.notify_all();
-                Err(error)
-            }
-        }
-    }
-
-    /// Wait until every committed epoch is in the file, or an attempt fails.
-    fn drain<'a>(
-        &'a self,
-        mut state: MutexGuard<'a, State>,
-    ) -> Result<MutexGuard<'a, State>, DiskError> {
-        let failures = state.write_failures;
-        self.core.writer_wake.notify_all();
-        while !state.overlay.as_ref().is_none_or(Overlay::all_written) {
-            if state.write_failures != failures {
-                let why = state.write_error.clone().unwrap_or_default();
-                let source = std::io::Error::other(why);
-                return Err(self.core.image.error("write of a committed epoch", 0, source));
-            }
-            state = self.core.wait(state);
-        }
-        Ok(state)
-    }
-
     /// Announce a checkpoint, just before QMP `stop`: no guest write is held back from here until
     /// [`Disk::checkpoint_ends`], so that QEMU can drain.
     pub fn checkpoint_begins(&self) {
@@ -411,10 +235,16 @@ impl Disk {
         let Some(overlay) = state.overlay.as_mut() else {
             return Ok(EpochWrites::default());
         };
-        let (epoch, map, flushed) =
-            overlay.cut(next).map_err(|reason| self.core.epoch_error(&reason))?;
+        let (epoch, map, flushed) = overlay
+            .cut(next)
+            .map_err(|reason| self.core.epoch_error(&reason))?;
         drop(state);
-        Ok(EpochWrites { epoch, writes: map.writes(), flushed, bytes: map.payload_bytes() })
+        Ok(EpochWrites {
+            epoch,
+            writes: map.writes(),
+            flushed,
+            bytes: map.payload_bytes(),
+        })
     }
 
     /// All cut epochs up to `through` are committed: they are written to the file in the
@@ -442,7 +272,11 @@ impl Disk {
                 .uncut(from, running)
                 .map_err(|reason| self.core.epoch_error(&reason));
         }
-        Err(self.core.wrong_mode(&state, "take an epoch back", "only a mirrored disk has epochs"))
+        Err(self.core.wrong_mode(
+            &state,
+            "take an epoch back",
+            "only a mirrored disk has epochs",
+        ))
     }
 
     /// Forget everything that is not committed: the other side took over. Answers how many bytes
@@ -453,7 +287,9 @@ impl Disk {
     pub fn discard_uncommitted(&self) -> Result<u64, DiskError> {
         let mut guard = self.core.lock();
         if guard.mode != ModeKind::Stopped {
-            return Err(self.core.wrong_mode(&guard, "discard writes", "stop the disk first"));
+            return Err(self
+                .core
+                .wrong_mode(&guard, "discard writes", "stop the disk first"));
         }
         let state = &mut *guard;
         let mut bytes = 0;
@@ -464,54 +300,6 @@ impl Disk {
             }
         }
         Ok(bytes)
-    }
-
-    /// Go solo: everything held, committed or not, is written to the file and synced, then the
-    /// disk is Direct. The guest may run meanwhile: most of the overlay drains beside it, only
-    /// what it wrote since waits for the rest. Call only with a won claim.
-    ///
-    /// # Errors
-    /// A lower generation; not in mode Overlay or Direct; or the file cannot take the writes: then
-    /// the disk is still in mode Overlay, holds what is not written, and the call may be repeated.
-    pub fn go_direct(&self, generation: Generation) -> Result<(), DiskError> {
-        let _one = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let core = &*self.core;
-        let mut state = core.lock();
-        core.check_generation(&state, generation)?;
-        match state.mode {
-            ModeKind::Direct => {
-                state.generation = generation;
-                return Ok(());
-            }
-            ModeKind::Overlay => {}
-            ModeKind::Standby | ModeKind::Stopped => {
-                return Err(core.wrong_mode(&state, "go solo", "only a mirrored disk can"));
-            }
-        }
-        state.generation = generation;
-        if let Some(overlay) = state.overlay.as_mut() {
-            overlay.commit_all();
-        }
-        state = self.drain(state)?;
-        // What was written meanwhile is little; now nothing new comes in until it is in the file.
-        state.admission_closed = true;
-        if let Some(overlay) = state.overlay.as_mut() {
-            overlay.commit_all();
-        }
-        state = self.quiesce(state)?;
-        let stopped = state.mode != ModeKind::Overlay;
-        if !stopped {
-            state.mode = ModeKind::Direct;
-            state.overlay = None;
-        }
-        state.admission_closed = false;
-        core.changed.notify_all();
-        if stopped {
-            return Err(core.wrong_mode(&state, "go solo", "it was stopped meanwhile"));
-        }
-        drop(state);
-        // Flushes acknowledged from memory are owed to the guest now that it is alone.
-        self.sync()
     }
 
     /// Standby: put one committed epoch, or seeded blocks, into the file, in order.
@@ -540,7 +328,11 @@ impl Disk {
         core.changed.notify_all();
         drop(state);
         result.map_err(|source| {
-            core.image.error("applying an epoch", writes.first().map_or(0, |w| w.offset), source)
+            core.image.error(
+                "applying an epoch",
+                writes.first().map_or(0, |w| w.offset),
+                source,
+            )
         })
     }
 
@@ -580,7 +372,9 @@ impl Disk {
     /// The file system refused to tell.
     pub fn allocated_ranges(&self) -> Result<Vec<Range<u64>>, DiskError> {
         let image = &self.core.image;
-        image.allocated(DIRTY_BLOCK_BYTES).map_err(|e| image.error("looking for data", 0, e))
+        image
+            .allocated(DIRTY_BLOCK_BYTES)
+            .map_err(|e| image.error("looking for data", 0, e))
     }
 
     /// Bytes of the file itself, without the overlay; at most 32 MiB at once.
@@ -592,7 +386,9 @@ impl Disk {
         let len = usize::try_from(range.end - range.start).unwrap_or(0);
         let mut bytes = vec![0; len];
         let image = &self.core.image;
-        image.read(&mut bytes, range.start).map_err(|e| image.error("read", range.start, e))?;
+        image
+            .read(&mut bytes, range.start)
+            .map_err(|e| image.error("read", range.start, e))?;
         Ok(bytes.into())
     }
 
@@ -601,7 +397,10 @@ impl Disk {
     /// # Errors
     /// The file fails.
     pub fn sync(&self) -> Result<(), DiskError> {
-        self.core.image.sync().map_err(|e| self.core.image.error("sync", 0, e))
+        self.core
+            .image
+            .sync()
+            .map_err(|e| self.core.image.error("sync", 0, e))
     }
 
     /// Wait until every committed epoch is in the file.

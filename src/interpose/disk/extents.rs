@@ -104,7 +104,13 @@ impl ExtentMap {
             WriteData::Data(bytes) => bytes.len(),
             WriteData::Zero(_) | WriteData::Trim(_) => 0,
         };
-        self.insert_extent(write.offset, Extent { data: write.data, buffer_bytes });
+        self.insert_extent(
+            write.offset,
+            Extent {
+                data: write.data,
+                buffer_bytes,
+            },
+        );
     }
 
     fn insert_extent(&mut self, offset: u64, extent: Extent) {
@@ -136,7 +142,9 @@ impl ExtentMap {
             }
         }
         while let Some((&start, _)) = self.extents.range(range.clone()).next() {
-            let Some(extent) = self.extents.remove(&start) else { return };
+            let Some(extent) = self.extents.remove(&start) else {
+                return;
+            };
             self.payload_bytes -= extent.payload();
             let end = start + extent.data.len();
             if end > range.end {
@@ -177,13 +185,18 @@ impl ExtentMap {
     pub fn writes(&self) -> Vec<DiskWrite> {
         self.extents
             .iter()
-            .map(|(&offset, extent)| DiskWrite { offset, data: extent.data.clone() })
+            .map(|(&offset, extent)| DiskWrite {
+                offset,
+                data: extent.data.clone(),
+            })
             .collect()
     }
 
     /// Offset ranges covered, ascending.
     pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> + '_ {
-        self.extents.iter().map(|(&offset, extent)| offset..offset + extent.data.len())
+        self.extents
+            .iter()
+            .map(|(&offset, extent)| offset..offset + extent.data.len())
     }
 
     pub fn is_empty(&self) -> bool {
@@ -213,9 +226,15 @@ impl Extent {
         match self.data.slice(from, to) {
             WriteData::Data(bytes) if bytes.len() * KEEP_SHARED_DIVISOR < self.buffer_bytes => {
                 let copy = Bytes::copy_from_slice(&bytes);
-                Self { buffer_bytes: copy.len(), data: WriteData::Data(copy) }
+                Self {
+                    buffer_bytes: copy.len(),
+                    data: WriteData::Data(copy),
+                }
             }
-            data => Self { data, buffer_bytes: self.buffer_bytes },
+            data => Self {
+                data,
+                buffer_bytes: self.buffer_bytes,
+            },
         }
     }
 }
@@ -262,7 +281,10 @@ pub(super) fn resolve<'a>(
             break;
         }
     }
-    found.extend(open.into_iter().map(|part| (part.start, Piece::Base(part.end - part.start))));
+    found.extend(
+        open.into_iter()
+            .map(|part| (part.start, Piece::Base(part.end - part.start))),
+    );
     found.sort_unstable_by_key(|(offset, _)| *offset);
     found.into_iter().map(|(_, piece)| piece).collect()
 }
@@ -281,14 +303,20 @@ mod tests {
     use super::*;
 
     fn data(offset: u64, byte: u8, len: usize) -> DiskWrite {
-        DiskWrite { offset, data: WriteData::Data(Bytes::from(vec![byte; len])) }
+        DiskWrite {
+            offset,
+            data: WriteData::Data(Bytes::from(vec![byte; len])),
+        }
     }
 
     #[test]
     fn a_write_in_the_middle_splits_what_lies_under_it() {
         let mut map = ExtentMap::default();
         map.insert(data(0, 1, 100));
-        map.insert(DiskWrite { offset: 40, data: WriteData::Trim(10) });
+        map.insert(DiskWrite {
+            offset: 40,
+            data: WriteData::Trim(10),
+        });
         let ranges: Vec<_> = map.ranges().collect();
         assert_eq!(ranges, [0..40, 40..50, 50..100]);
         assert_eq!(map.payload_bytes(), 90);
@@ -306,7 +334,10 @@ mod tests {
     #[test]
     fn empty_writes_change_nothing() {
         let mut map = ExtentMap::default();
-        map.insert(DiskWrite { offset: 7, data: WriteData::Zero(0) });
+        map.insert(DiskWrite {
+            offset: 7,
+            data: WriteData::Zero(0),
+        });
         assert!(map.is_empty());
     }
 }

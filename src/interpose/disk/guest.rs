@@ -134,7 +134,14 @@ impl Disk {
 
     fn count_write(&self, plain: bool, len: u64, fua: bool, arrived: Instant) {
         let counters = &self.core.counters;
-        count(if plain { &counters.writes } else { &counters.trims }, 1);
+        count(
+            if plain {
+                &counters.writes
+            } else {
+                &counters.trims
+            },
+            1,
+        );
         count(&counters.write_bytes, if plain { len } else { 0 });
         count(&counters.flushes, u64::from(fua));
         counters.write_latency.add(arrived.elapsed());
@@ -185,7 +192,11 @@ impl Disk {
     }
 
     /// Wait until a write may go on, in mode Direct or Overlay.
-    fn admit(&self, throttle: bool, arrived: Instant) -> Result<MutexGuard<'_, State>, GuestIoError> {
+    fn admit(
+        &self,
+        throttle: bool,
+        arrived: Instant,
+    ) -> Result<MutexGuard<'_, State>, GuestIoError> {
         let core = &*self.core;
         let mut state = core.lock();
         let mut counted = false;

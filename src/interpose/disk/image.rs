@@ -29,7 +29,9 @@ pub const READ_BASE_BYTES_MAX: u64 = 32 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// No such image.
-    #[error("disk image {path} does not exist: create it, or correct `path` of the disk in the VM's spec")]
+    #[error(
+        "disk image {path} does not exist: create it, or correct `path` of the disk in the VM's spec"
+    )]
     Missing {
         /// The image.
         path: PathBuf,
@@ -169,7 +171,10 @@ pub fn create_sparse(path: &Path, size: u64) -> Result<(), DiskError> {
 /// As [`create_sparse`].
 pub fn create_sparse_for(path: &Path, size: u64, data_bytes: u64) -> Result<(), DiskError> {
     check_size(size)?;
-    let create = |source| DiskError::Create { path: path.to_owned(), source };
+    let create = |source| DiskError::Create {
+        path: path.to_owned(),
+        source,
+    };
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -182,7 +187,11 @@ pub fn create_sparse_for(path: &Path, size: u64, data_bytes: u64) -> Result<(), 
         let free = room.blocks_available() * room.fragment_size();
         let needed = data_bytes.min(size);
         if free < needed {
-            return Err(DiskError::NoSpace { path: path.to_owned(), needed, free });
+            return Err(DiskError::NoSpace {
+                path: path.to_owned(),
+                needed,
+                free,
+            });
         }
         file.set_len(size).map_err(create)?;
         file.sync_all().map_err(create)
@@ -225,13 +234,22 @@ impl Image {
             Err(source) => return Err(DiskError::Open { path, source }),
         };
         if actual < size {
-            return Err(DiskError::Smaller { path, actual, stated: size });
+            return Err(DiskError::Smaller {
+                path,
+                actual,
+                stated: size,
+            });
         }
         Ok(Self { file, path, size })
     }
 
     pub fn error(&self, doing: &'static str, offset: u64, source: io::Error) -> DiskError {
-        DiskError::Io { doing, path: self.path.clone(), offset, source }
+        DiskError::Io {
+            doing,
+            path: self.path.clone(),
+            offset,
+            source,
+        }
     }
 
     pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
@@ -241,12 +259,24 @@ impl Image {
     /// Read only what the page cache holds. `false`: not (all) there, `buf` is undefined; also
     /// where the file system does not know `RWF_NOWAIT` (preadv2(2)).
     pub fn read_cached(&self, buf: &mut [u8], offset: u64) -> bool {
-        let Ok(offset) = libc::off_t::try_from(offset) else { return false };
-        let iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+        let Ok(offset) = libc::off_t::try_from(offset) else {
+            return false;
+        };
+        let iov = libc::iovec {
+            iov_base: buf.as_mut_ptr().cast(),
+            iov_len: buf.len(),
+        };
         // SAFETY: `iov` describes exactly `buf`, which is writable and outlives the call; the
         // descriptor is open for the life of `self`.
-        let got =
-            unsafe { libc::preadv2(self.file.as_raw_fd(), &raw const iov, 1, offset, libc::RWF_NOWAIT) };
+        let got = unsafe {
+            libc::preadv2(
+                self.file.as_raw_fd(),
+                &raw const iov,
+                1,
+                offset,
+                libc::RWF_NOWAIT,
+            )
+        };
         usize::try_from(got).is_ok_and(|got| got == buf.len())
     }
 

@@ -17,19 +17,22 @@ mod disk;
 mod extents;
 mod guest;
 mod image;
+mod modes;
 pub mod nbd;
+mod options;
 mod overlay;
 mod pressure;
 pub mod server;
 mod stats;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 pub use dirty::DIRTY_BLOCK_BYTES;
-pub use disk::{Disk, DiskHooks, DiskOptions, EpochWrites, Mode};
+pub use disk::{Disk, EpochWrites};
 pub use extents::{DiskWrite, WriteData};
-pub use image::{
-    DiskError, READ_BASE_BYTES_MAX, SECTOR_BYTES, create_sparse, create_sparse_for,
-};
+pub use image::{DiskError, READ_BASE_BYTES_MAX, SECTOR_BYTES, create_sparse, create_sparse_for};
+pub use options::{DiskHooks, DiskOptions, Mode, PressureHook, WriteErrorHook};
 pub use pressure::OVERLAY_BYTES_MAX_DEFAULT;
 pub use server::{DiskServer, Owner, ServerError};
 pub use stats::{DiskStats, LatencySummary};

@@ -186,7 +186,13 @@ pub fn parse_request(header: &[u8; REQUEST_BYTES]) -> Result<Request, ProtocolEr
     if command == Command::Write && len > PAYLOAD_BYTES_MAX {
         return Err(ProtocolError::WriteTooLong(len));
     }
-    Ok(Request { flags, command, cookie, offset, len })
+    Ok(Request {
+        flags,
+        command,
+        cookie,
+        offset,
+        len,
+    })
 }
 
 /// Append a simple reply's header; a successful read's data follows it.
@@ -248,7 +254,10 @@ pub fn parse_info(mut data: &[u8]) -> Option<(&[u8], Vec<u16>)> {
     if rest.len() != count * 2 {
         return None;
     }
-    let kinds = rest.chunks_exact(2).map(|kind| u16::from_be_bytes([kind[0], kind[1]])).collect();
+    let kinds = rest
+        .chunks_exact(2)
+        .map(|kind| u16::from_be_bytes([kind[0], kind[1]]))
+        .collect();
     Some((name, kinds))
 }
 
@@ -320,7 +329,10 @@ mod tests {
         header[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
         header[7] = 1;
         header[24..].copy_from_slice(&u32::MAX.to_be_bytes());
-        assert_eq!(parse_request(&header), Err(ProtocolError::WriteTooLong(u32::MAX)));
+        assert_eq!(
+            parse_request(&header),
+            Err(ProtocolError::WriteTooLong(u32::MAX))
+        );
         let mut header = [0xff; OPTION_BYTES];
         header[..8].copy_from_slice(&OPTION_MAGIC.to_be_bytes());
         let error = parse_option(&header).expect_err("too long");

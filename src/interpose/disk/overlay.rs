@@ -30,7 +30,12 @@ struct Layer {
 
 impl Layer {
     fn new(epoch: Epoch) -> Self {
-        Self { epoch, map: Arc::default(), flushed: false, committed: false }
+        Self {
+            epoch,
+            map: Arc::default(),
+            flushed: false,
+            committed: false,
+        }
     }
 }
 
@@ -52,12 +57,21 @@ pub(super) enum EpochError {
         "epochs from {from:?} cannot go back into {as_running:?}: the running epoch is {running:?} \
          and the newest one below is {newest_below:?}"
     )]
-    BadUncut { from: Epoch, as_running: Epoch, running: Epoch, newest_below: Option<Epoch> },
+    BadUncut {
+        from: Epoch,
+        as_running: Epoch,
+        running: Epoch,
+        newest_below: Option<Epoch>,
+    },
 }
 
 impl Overlay {
     pub fn new(epoch: Epoch) -> Self {
-        Self { below: VecDeque::new(), running: Layer::new(epoch), below_cost_bytes: 0 }
+        Self {
+            below: VecDeque::new(),
+            running: Layer::new(epoch),
+            below_cost_bytes: 0,
+        }
     }
 
     pub fn running(&self) -> Epoch {
@@ -74,15 +88,19 @@ impl Overlay {
 
     /// What a read of `range` sees.
     pub fn resolve(&self, range: Range<u64>) -> Vec<Piece> {
-        let newest_first =
-            std::iter::once(&self.running).chain(self.below.iter().rev()).map(|l| &*l.map);
+        let newest_first = std::iter::once(&self.running)
+            .chain(self.below.iter().rev())
+            .map(|l| &*l.map);
         resolve(range, newest_first)
     }
 
     /// End the running epoch. Answers its content and whether the guest flushed in it.
     pub fn cut(&mut self, next: Epoch) -> Result<(Epoch, Arc<ExtentMap>, bool), EpochError> {
         if next <= self.running.epoch {
-            return Err(EpochError::NotHigher { next, running: self.running.epoch });
+            return Err(EpochError::NotHigher {
+                next,
+                running: self.running.epoch,
+            });
         }
         let ended = std::mem::replace(&mut self.running, Layer::new(next));
         let answer = (ended.epoch, Arc::clone(&ended.map), ended.flushed);
@@ -93,7 +111,11 @@ impl Overlay {
 
     /// Every cut epoch up to `through` is committed.
     pub fn commit(&mut self, through: Epoch) {
-        for layer in self.below.iter_mut().take_while(|layer| layer.epoch <= through) {
+        for layer in self
+            .below
+            .iter_mut()
+            .take_while(|layer| layer.epoch <= through)
+        {
             layer.committed = true;
         }
     }
@@ -101,8 +123,13 @@ impl Overlay {
     /// Put cut, uncommitted epochs from `from` on back into the running one, numbered `running`
     /// from now.
     pub fn uncut(&mut self, from: Epoch, running: Epoch) -> Result<(), EpochError> {
-        let first = self.below.partition_point(|l| l.committed || l.epoch < from);
-        let newest_below = first.checked_sub(1).and_then(|i| self.below.get(i)).map(|l| l.epoch);
+        let first = self
+            .below
+            .partition_point(|l| l.committed || l.epoch < from);
+        let newest_below = first
+            .checked_sub(1)
+            .and_then(|i| self.below.get(i))
+            .map(|l| l.epoch);
         let fits = running <= self.running.epoch
             && running >= from
             && newest_below.is_none_or(|newest| newest < running);
@@ -154,7 +181,10 @@ impl Overlay {
 
     /// The file holds `epoch` now.
     pub fn written(&mut self, epoch: Epoch) {
-        if self.below.front().is_some_and(|l| l.committed && l.epoch == epoch)
+        if self
+            .below
+            .front()
+            .is_some_and(|l| l.committed && l.epoch == epoch)
             && let Some(layer) = self.below.pop_front()
         {
             self.below_cost_bytes -= layer.map.cost_bytes();

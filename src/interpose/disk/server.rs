@@ -96,7 +96,11 @@ impl DiskServer {
         let path = socket_path.to_owned();
         let failed = |doing| {
             let path = path.clone();
-            move |source| ServerError::Socket { doing, path, source }
+            move |source| ServerError::Socket {
+                doing,
+                path,
+                source,
+            }
         };
         clear_stale_socket(&path)?;
         let listener = Arc::new(UnixListener::bind(&path).map_err(failed("bind"))?);
@@ -111,14 +115,20 @@ impl DiskServer {
             stopping: AtomicBool::new(false),
             open: Mutex::new(HashMap::new()),
         });
-        let mut server =
-            Self { path: path.clone(), listener: Arc::clone(&listener), shared, threads: Vec::new() };
+        let mut server = Self {
+            path: path.clone(),
+            listener: Arc::clone(&listener),
+            shared,
+            threads: Vec::new(),
+        };
         // After `server`, so that on an early return the sender goes first and the threads end.
         let (jobs, queue) = sync_channel::<Job>(SLOW_QUEUE_MAX);
         let queue = Arc::new(Mutex::new(queue));
         for _ in 0..SLOW_THREADS {
             let queue = Arc::clone(&queue);
-            server.spawn("nbd-slow", move || run_jobs(&queue)).map_err(failed("start a thread of"))?;
+            server
+                .spawn("nbd-slow", move || run_jobs(&queue))
+                .map_err(failed("start a thread of"))?;
         }
         let shared = Arc::clone(&server.shared);
         server
@@ -128,7 +138,8 @@ impl DiskServer {
     }
 
     fn spawn(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        self.threads.push(thread::Builder::new().name(name.into()).spawn(run)?);
+        self.threads
+            .push(thread::Builder::new().name(name.into()).spawn(run)?);
         Ok(())
     }
 
@@ -147,7 +158,13 @@ impl Drop for DiskServer {
         if let Err(error) = nix::sys::socket::shutdown(fd, nix::sys::socket::Shutdown::Both) {
             tracing::debug!(%error, "shutting down the NBD listener");
         }
-        for stream in self.shared.open.lock().unwrap_or_else(PoisonError::into_inner).values() {
+        for stream in self
+            .shared
+            .open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+        {
             // Fails only if the client is gone already.
             let _ = stream.shutdown(Shutdown::Both);
         }
@@ -160,12 +177,18 @@ impl Drop for DiskServer {
 }
 
 fn clear_stale_socket(path: &Path) -> Result<(), ServerError> {
-    let Ok(there) = std::fs::symlink_metadata(path) else { return Ok(()) };
+    let Ok(there) = std::fs::symlink_metadata(path) else {
+        return Ok(());
+    };
     if !there.file_type().is_socket() {
-        return Err(ServerError::NotASocket { path: path.to_owned() });
+        return Err(ServerError::NotASocket {
+            path: path.to_owned(),
+        });
     }
     if UnixStream::connect(path).is_ok() {
-        return Err(ServerError::InUse { path: path.to_owned() });
+        return Err(ServerError::InUse {
+            path: path.to_owned(),
+        });
     }
     std::fs::remove_file(path).map_err(|source| ServerError::Socket {
         doing: "replace",
@@ -215,30 +238,38 @@ fn accept(listener: &UnixListener, shared: &Arc<Shared>, jobs: &SyncSender<Job>)
             tracing::warn!("NBD connection refused: {CONNECTIONS_MAX} are open already");
             continue;
         }
-        let Ok(handle) = stream.try_clone() else { continue };
+        let Ok(handle) = stream.try_clone() else {
+            continue;
+        };
         last_id += 1;
         let id: u64 = last_id;
         open.insert(id, handle);
         drop(open);
         let (ours, jobs) = (Arc::clone(shared), jobs.clone());
-        let started = thread::Builder::new().name("nbd-conn".into()).spawn(move || {
-            if let Err(error) = connection::serve(stream, &ours.disk, &jobs) {
-                if ours.stopping.load(SeqCst) {
-                    tracing::debug!(%error, "NBD connection closed while stopping");
-                } else {
-                    tracing::warn!(%error, "NBD connection closed");
+        let started = thread::Builder::new()
+            .name("nbd-conn".into())
+            .spawn(move || {
+                if let Err(error) = connection::serve(stream, &ours.disk, &jobs) {
+                    if ours.stopping.load(SeqCst) {
+                        tracing::debug!(%error, "NBD connection closed while stopping");
+                    } else {
+                        tracing::warn!(%error, "NBD connection closed");
+                    }
                 }
-            }
-            let mut open = ours.open.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(stream) = open.remove(&id) {
-                let _ = stream.shutdown(Shutdown::Both);
-            }
-        });
+                let mut open = ours.open.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(stream) = open.remove(&id) {
+                    let _ = stream.shutdown(Shutdown::Both);
+                }
+            });
         match started {
             Ok(thread) => threads.push(thread),
             Err(error) => {
                 tracing::warn!(%error, "no thread for an NBD connection");
-                shared.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+                shared
+                    .open
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .remove(&id);
             }
         }
     }

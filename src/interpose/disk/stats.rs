@@ -77,7 +77,11 @@ impl Histogram {
         if total == 0 {
             return LatencySummary::default();
         }
-        LatencySummary { p50_us: at(50).min(max_us), p99_us: at(99).min(max_us), max_us }
+        LatencySummary {
+            p50_us: at(50).min(max_us),
+            p99_us: at(99).min(max_us),
+            max_us,
+        }
     }
 }
 
@@ -128,6 +132,9 @@ mod tests {
         }
         histogram.add(Duration::from_micros(5000));
         let summary = histogram.summary();
-        assert_eq!((summary.p50_us, summary.p99_us, summary.max_us), (16, 16, 5000));
+        assert_eq!(
+            (summary.p50_us, summary.p99_us, summary.max_us),
+            (16, 16, 5000)
+        );
     }
 }

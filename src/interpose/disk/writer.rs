@@ -12,7 +12,9 @@ use std::time::Duration;
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
 
 pub(super) fn start(core: Arc<Core>) -> io::Result<JoinHandle<()>> {
-    thread::Builder::new().name("disk-writer".into()).spawn(move || run(&core))
+    thread::Builder::new()
+        .name("disk-writer".into())
+        .spawn(move || run(&core))
 }
 
 fn run(core: &Core) {
@@ -22,7 +24,10 @@ fn run(core: &Core) {
             if state.writer_stop {
                 return;
             }
-            state = core.writer_wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = core
+                .writer_wake
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
             continue;
         };
         drop(state);

@@ -8,12 +8,19 @@
 //! order of frames or send one twice, or pass anything for a generation that has been passed.
 
 mod announce;
+mod config;
 mod gate;
 mod port;
 mod pump;
+mod socket;
 mod tap;
+#[cfg(test)]
+mod tests;
 
 pub use announce::{MacAddr, rarp_frame};
-pub use gate::{GATE_BYTES_MAX, GATE_PACKETS_MAX, Gate, GateFull, Held, Pushed};
-pub use port::{NetError, NetHooks, NetMode, NetPort, NetPortConfig, NetStats, TapSource};
+pub use config::{
+    FrameHook, NetError, NetHooks, NetMode, NetPortConfig, NetStats, NicHook, TapSource,
+};
+pub use gate::{FRAME_BYTES_MAX, GATE_BYTES_MAX, GATE_PACKETS_MAX, Gate, GateFull, Held, Pushed};
+pub use port::NetPort;
 pub use tap::{Tap, TapError};
