@@ -38,7 +38,7 @@
 mod limits;
 pub mod primary;
 mod record;
-mod sabotage;
+pub(crate) mod sabotage;
 pub mod schedule;
 pub mod standby;
 
