@@ -75,7 +75,8 @@ impl World {
 
     /// **nothing-lost**: nobody gives away what the registry counts on.
     pub(super) fn check_standby_end(&mut self, host: usize, attempt: Generation, why: &StandbyEnd) {
-        if matches!(why, StandbyEnd::Broken { .. }) {
+        // Without a whole epoch there is nothing to throw away.
+        if matches!(why, StandbyEnd::Broken { .. }) || !self.whole.contains_key(&attempt) {
             return;
         }
         let record = &self.registry.record.value;

@@ -6,7 +6,7 @@ use super::rng::{Rng, mix};
 use super::{EVENTS_MAX, LIVENESS_BOUND, Report, SAFETY_PHASE, Violation};
 use crate::mirror::{
     ClaimOutcome, Micros, Policy, Primary, PrimaryConfig, PrimaryInput, PrimaryState, Standby,
-    StandbyInput, Ticket, Timing, Verdict, VmRecord, Versioned,
+    StandbyInput, StandbyState, Ticket, Timing, Verdict, VmRecord, Versioned,
 };
 use crate::pool::{Epoch, Generation, HostName};
 use std::collections::BTreeMap;
@@ -203,6 +203,9 @@ impl World {
     }
 
     fn describe(host: &Host) -> String {
+        if !host.up {
+            return "down".into();
+        }
         match &host.role {
             Role::Idle => "idle".into(),
             Role::Primary { machine, guest, .. } => format!("{machine:?} {guest:?}"),
@@ -403,7 +406,17 @@ impl World {
     fn operator(&mut self) {
         let delay = Micros(self.rng.between(50_000, 300_000));
         self.after(delay, Event::Operator);
-        if self.hosts.iter().all(|host| matches!(host.role, Role::Idle)) {
+        // A standby without a whole epoch is of no use once its primary is gone; the real
+        // shell learns from the broken session.
+        let useless = |host: &Host| match &host.role {
+            Role::Idle => true,
+            Role::Primary { .. } => false,
+            Role::Standby { machine, .. } => matches!(
+                machine.status(self.now).state,
+                StandbyState::Preparing | StandbyState::Seeding | StandbyState::StoodDown
+            ),
+        };
+        if self.hosts.iter().all(useless) {
             return self.restart();
         }
         for host in 0..2 {

@@ -639,7 +639,7 @@ impl Primary {
             return Some("the partner made no standby ready in time".into());
         }
         let oldest = self.in_flight.front()?;
-        (self.state.holds_output() && self.now.since(oldest.sent_at) >= timing.ack_overdue)
+        (self.state.holds_output() && self.now.since(oldest.cut_at) >= timing.ack_overdue)
             .then(|| format!("epoch {} was not acknowledged in time", oldest.epoch))
     }
 
@@ -684,7 +684,7 @@ impl Primary {
             at = at.min(bound.max(self.now + Micros(1000)));
         }
         if let Some(oldest) = self.in_flight.front() {
-            at = at.min((oldest.sent_at + timing.ack_overdue).max(self.now + Micros(1000)));
+            at = at.min((oldest.cut_at + timing.ack_overdue).max(self.now + Micros(1000)));
         }
         if self.may_cut() && matches!(self.state, S::FirstEpoch | S::Mirrored) {
             at = at.min(self.schedule.next_cut());

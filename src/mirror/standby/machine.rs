@@ -51,6 +51,8 @@ pub struct Standby {
     retry_at: Micros,
     backoff: Micros,
     silence_at: Micros,
+    /// When an epoch last came, or this side last woke from a freeze.
+    last_epoch_at: Micros,
     unreachable_alerted: bool,
     actions: VecDeque<StandbyAction>,
     promised_wakeup: Micros,
@@ -80,6 +82,7 @@ impl Standby {
             retry_at: now,
             backoff: REGISTRY_RETRY_MIN,
             silence_at: now + SILENCE_BOUND,
+            last_epoch_at: now,
             unreachable_alerted: false,
             actions: VecDeque::new(),
             promised_wakeup: Micros::MAX,
@@ -182,6 +185,7 @@ impl Standby {
     /// Frozen: silence heard meanwhile is this side's own. The primary gets its head start anew.
     fn stalled(&mut self) {
         self.suspect_since = self.now;
+        self.last_epoch_at = self.now;
     }
 
     // ---- epochs ----
@@ -191,6 +195,7 @@ impl Standby {
             return;
         }
         self.silence_at = self.now + SILENCE_BOUND;
+        self.last_epoch_at = self.now;
         if epoch <= self.acked {
             return self.ack(self.acked);
         }
@@ -281,6 +286,7 @@ impl Standby {
 
     fn begin_checking(&mut self) {
         self.suspect_since = self.now;
+        self.backoff = REGISTRY_RETRY_MIN;
         self.retry_at = self.now;
         self.become_(StandbyState::Checking);
     }
@@ -402,7 +408,7 @@ impl Standby {
             }
             (Standing::NotYet, S::Unconfirmed) => {}
             (Standing::NotYet, S::Checking) => {
-                if self.now.since(self.suspect_since) >= ORPHAN_PATIENCE {
+                if self.now.since(self.last_epoch_at) >= ORPHAN_PATIENCE {
                     let reason = "the primary was lost before the record named this host".into();
                     return self.stand_down(StandbyEnd::NotNamed { reason });
                 }
@@ -459,6 +465,13 @@ impl Standby {
                     self.suspect_since = self.now;
                     self.become_(S::Suspecting);
                 }
+                _ => {}
+            }
+        }
+        if self.now >= self.last_epoch_at + self.config.timing.silence_claim {
+            match self.state {
+                S::Unconfirmed => self.begin_checking(),
+                S::Mirrored => self.begin_claim(),
                 _ => {}
             }
         }
