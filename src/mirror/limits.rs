@@ -7,6 +7,11 @@ use super::Micros;
 /// machines work for any number.
 pub const MAX_IN_FLIGHT: usize = 1;
 
+/// Epochs a standby acknowledges ahead of applying them. One is applied while the next
+/// arrives; a standby that cannot keep up acknowledges later, which slows the cuts and so
+/// the guest, and keeps its buffers within this many epochs and those in flight.
+pub const APPLY_BACKLOG_MAX: u64 = 2;
+
 /// Cuts of one epoch that may fail in a row before mirroring is given up: one failure is
 /// a QMP hiccup, three are a broken QEMU.
 pub const CUT_FAILURES_MAX: u32 = 3;
@@ -78,12 +83,18 @@ impl Default for Timing {
 
 const _: () = {
     let t = Timing::DEFAULT;
-    assert!(t.release_within.0 < t.lease.0, "the primary's lease must end first");
+    assert!(
+        t.release_within.0 < t.lease.0,
+        "the primary's lease must end first"
+    );
     // Clocks of two hosts may differ by 1000 ppm and still keep the order.
     assert!(t.lease.0 - t.release_within.0 > t.lease.0 / 1000);
-    assert!(t.lease.0 <= t.detection.0 + t.claim_delay.0, "the lease must not add blackout");
+    assert!(
+        t.lease.0 <= t.detection.0 + t.claim_delay.0,
+        "the lease must not add blackout"
+    );
     assert!(t.silence_claim.0 > t.ack_overdue.0 + 2 * SILENCE_BOUND.0 - 1);
     assert!(ORPHAN_PATIENCE.0 > t.silence_claim.0);
     assert!(REGISTRY_RETRY_MIN.0 <= REGISTRY_RETRY_MAX.0);
-    assert!(MAX_IN_FLIGHT >= 1);
+    assert!(MAX_IN_FLIGHT >= 1 && APPLY_BACKLOG_MAX >= 1);
 };

@@ -22,7 +22,11 @@ impl World {
         self.report.faults += 1;
         let host = usize::from(self.rng.permille(500));
         // Mostly the host that runs the VM: that is where it hurts.
-        let host = if self.rng.permille(400) { self.alive_on } else { host };
+        let host = if self.rng.permille(400) {
+            self.alive_on
+        } else {
+            host
+        };
         match self.rng.between(0, 11) {
             0 => self.crash(host),
             1 | 2 => self.hosts[host].crash_in = Some(self.rng.between(0, 30)),
@@ -42,17 +46,31 @@ impl World {
             9 => self.to_primary(self.alive_on, PrimaryInput::Switchover),
             10 => {
                 let reason = String::from("by chance");
-                let died = PrimaryInput::GuestDied { reason: reason.clone() };
-                let died = if self.rng.permille(300) { PrimaryInput::GuestShutdown } else { died };
+                let died = PrimaryInput::GuestDied {
+                    reason: reason.clone(),
+                };
+                let died = if self.rng.permille(300) {
+                    PrimaryInput::GuestShutdown
+                } else {
+                    died
+                };
                 self.to_machine(host, died, StandbyInput::StandbyGuestDied { reason });
             }
             _ => {
                 let for_ = Micros(self.rng.between(1000, 500_000));
-                self.to_machine(host, PrimaryInput::SelfStalled { for_ }, StandbyInput::SelfStalled { for_ });
+                self.to_machine(
+                    host,
+                    PrimaryInput::SelfStalled { for_ },
+                    StandbyInput::SelfStalled { for_ },
+                );
             }
         }
         // Some seeds see one fault at a time, some see them pile up.
-        let gap = if self.seed.is_multiple_of(3) { self.rng.between(800_000, 1_600_000) } else { self.rng.between(10_000, 600_000) };
+        let gap = if self.seed.is_multiple_of(3) {
+            self.rng.between(800_000, 1_600_000)
+        } else {
+            self.rng.between(10_000, 600_000)
+        };
         self.after(Micros(gap), Event::Fault);
     }
 
@@ -90,7 +108,10 @@ impl World {
             _ => (true, true),
         };
         let reset = self.rng.permille(400);
-        let one_way = self.rng.permille(300).then(|| usize::from(self.rng.permille(500)));
+        let one_way = self
+            .rng
+            .permille(300)
+            .then(|| usize::from(self.rng.permille(500)));
         for from in 0..2 {
             if one_way.is_some_and(|only| only != from) {
                 continue;
@@ -123,7 +144,9 @@ impl World {
             Heal::LinkNoticed(host) => {
                 if self.directions[host].cut {
                     let reason = String::from("cut");
-                    let down = PrimaryInput::LinkDown { reason: reason.clone() };
+                    let down = PrimaryInput::LinkDown {
+                        reason: reason.clone(),
+                    };
                     self.to_machine(host, down, StandbyInput::LinkDown { reason });
                 }
             }

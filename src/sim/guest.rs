@@ -32,7 +32,11 @@ impl GuestState {
             self.served = request;
             self.work(request);
         }
-        if request <= self.served { Some(request) } else { None }
+        if request <= self.served {
+            Some(request)
+        } else {
+            None
+        }
     }
 }
 

@@ -37,7 +37,9 @@ pub const EVENTS_MAX: u64 = 5_000_000;
 
 /// An invariant that did not hold.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{invariant} at {at:?}, seed {seed}: {what}\nreplay: POLLUX_SEED={seed} cargo test -p pollux --lib sim::")]
+#[error(
+    "{invariant} at {at:?}, seed {seed}: {what}\nreplay: POLLUX_SEED={seed} cargo test -p pollux --lib sim::"
+)]
 pub struct Violation {
     /// Its name in the design.
     pub invariant: &'static str,

@@ -2,7 +2,7 @@
 //! there, or there with its answers lost, and with writes that land long after.
 
 use super::rng::Rng;
-use crate::mirror::{ClaimOutcome, Micros, VmRecord, Versioned};
+use crate::mirror::{ClaimOutcome, Micros, Versioned, VmRecord};
 
 /// How it behaves for now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,7 +55,14 @@ impl RegistryModel {
     #[must_use]
     pub fn new(record: VmRecord) -> Self {
         let named = vec![record.clone()];
-        Self { record: Versioned { version: 1, value: record }, named, mood: Mood::Well }
+        Self {
+            record: Versioned {
+                version: 1,
+                value: record,
+            },
+            named,
+            mood: Mood::Well,
+        }
     }
 
     /// What will become of a request sent now.
@@ -64,18 +71,34 @@ impl RegistryModel {
             Mood::Well => {
                 let effect = rng.between(200, 4000);
                 let answer = effect + rng.between(200, 4000);
-                Course { effect: Some(Micros(effect)), answer: Micros(answer), known: true }
+                Course {
+                    effect: Some(Micros(effect)),
+                    answer: Micros(answer),
+                    known: true,
+                }
             }
             Mood::Slow => {
                 let effect = rng.between(1000, 1_200_000);
                 let answer = effect + rng.between(200, 300_000);
                 let known = answer <= PATIENCE;
-                Course { effect: Some(Micros(effect)), answer: Micros(answer.min(PATIENCE)), known }
+                Course {
+                    effect: Some(Micros(effect)),
+                    answer: Micros(answer.min(PATIENCE)),
+                    known,
+                }
             }
-            Mood::Out => Course { effect: None, answer: Micros(rng.between(500, 50_000)), known: false },
+            Mood::Out => Course {
+                effect: None,
+                answer: Micros(rng.between(500, 50_000)),
+                known: false,
+            },
             Mood::Mute => {
                 let effect = rng.permille(600).then(|| Micros(rng.between(500, 400_000)));
-                Course { effect, answer: Micros(rng.between(500, 60_000)), known: false }
+                Course {
+                    effect,
+                    answer: Micros(rng.between(500, 60_000)),
+                    known: false,
+                }
             }
         }
     }
@@ -95,6 +118,9 @@ impl RegistryModel {
     /// Write, whatever is there.
     pub fn put(&mut self, value: VmRecord) {
         self.named.push(value.clone());
-        self.record = Versioned { version: self.record.version + 1, value };
+        self.record = Versioned {
+            version: self.record.version + 1,
+            value,
+        };
     }
 }

@@ -6,8 +6,8 @@ use super::registry::Request;
 use super::world::{Event, Message, Role, StandbyCopy, World};
 use crate::mirror::primary::PrimaryEnd;
 use crate::mirror::{
-    Alert, ClaimOutcome, MAX_IN_FLIGHT, Micros, PrimaryAction, PrimaryInput, Standby, StandbyAction,
-    StandbyConfig, StandbyInput, Ticket, Timing, Verdict, VmRecord,
+    APPLY_BACKLOG_MAX, Alert, ClaimOutcome, MAX_IN_FLIGHT, Micros, PrimaryAction, PrimaryInput,
+    Standby, StandbyAction, StandbyConfig, StandbyInput, Ticket, Timing, Verdict, VmRecord,
 };
 use crate::pool::{Epoch, Generation};
 
@@ -82,10 +82,18 @@ impl World {
 
     pub(super) fn send(&mut self, from: usize, message: Message) {
         let from_life = self.hosts[from].life;
-        let event = Event::Deliver { to: 1 - from, from_life, message };
+        let event = Event::Deliver {
+            to: 1 - from,
+            from_life,
+            message,
+        };
         // A lost packet is sent again, later; lanes overtake each other.
         let slow = self.rng.permille(30);
-        let delay = if slow { self.rng.between(2000, 25_000) } else { self.rng.between(100, 900) };
+        let delay = if slow {
+            self.rng.between(2000, 25_000)
+        } else {
+            self.rng.between(100, 900)
+        };
         let direction = &mut self.directions[from];
         if direction.cut {
             if !direction.reset {
@@ -99,17 +107,28 @@ impl World {
     fn ask(&mut self, host: usize, ticket: Ticket, write: Option<(u64, VmRecord)>) {
         let id = self.rng.next();
         let course = self.registry.course(&mut self.rng);
-        self.requests.insert(id, (Request { write }, None, course.known));
+        self.requests
+            .insert(id, (Request { write }, None, course.known));
         if let Some(effect) = course.effect {
             self.after(effect, Event::RegistryEffect { id });
         }
         let life = self.hosts[host].life;
-        self.after(course.answer, Event::RegistryAnswer { id, host, life, ticket });
+        self.after(
+            course.answer,
+            Event::RegistryAnswer {
+                id,
+                host,
+                life,
+                ticket,
+            },
+        );
     }
 
     fn primary_action(&mut self, host: usize, action: PrimaryAction) {
         let life = self.hosts[host].life;
-        let Role::Primary { guest, attempt, .. } = &mut self.hosts[host].role else { return };
+        let Role::Primary { guest, attempt, .. } = &mut self.hosts[host].role else {
+            return;
+        };
         match action {
             PrimaryAction::PrepareStandby { generation, .. } => {
                 *attempt = generation;
@@ -118,10 +137,20 @@ impl World {
             PrimaryAction::BeginSeeding => {
                 let generation = *attempt;
                 let delay = Micros(self.rng.between(10_000, 120_000));
-                self.after(delay, Event::Converged { host, life, generation });
+                self.after(
+                    delay,
+                    Event::Converged {
+                        host,
+                        life,
+                        generation,
+                    },
+                );
             }
             PrimaryAction::EndSeeding { .. } | PrimaryAction::Alert(_) => {}
-            PrimaryAction::Cut { epoch, stay_stopped } => {
+            PrimaryAction::Cut {
+                epoch,
+                stay_stopped,
+            } => {
                 if !guest.gated {
                     guest.gated = true;
                     guest.epoch = epoch.0;
@@ -130,7 +159,17 @@ impl World {
                 let ok = !self.rng.permille(5);
                 let pause = Micros(self.rng.between(800, 4000));
                 self.report.cuts += 1;
-                self.after(pause, Event::CutEnd { host, life, epoch, ok, pause, stay_stopped });
+                self.after(
+                    pause,
+                    Event::CutEnd {
+                        host,
+                        life,
+                        epoch,
+                        ok,
+                        pause,
+                        stay_stopped,
+                    },
+                );
             }
             PrimaryAction::Release { through, until } => {
                 if self.now >= until {
@@ -143,7 +182,11 @@ impl World {
             PrimaryAction::ConfirmMirrored { generation, epoch } => {
                 self.send(host, Message::Confirm(generation, epoch));
             }
-            PrimaryAction::Claim { ticket, expected, value } => {
+            PrimaryAction::Claim {
+                ticket,
+                expected,
+                value,
+            } => {
                 self.ask(host, ticket, Some((expected, value)));
             }
             PrimaryAction::ReadRecord { ticket } => self.ask(host, ticket, None),
@@ -180,10 +223,14 @@ impl World {
 
     /// Let packets leave: through an epoch, or everything.
     fn release(&mut self, host: usize, through: Option<Epoch>) {
-        let Role::Primary { guest, .. } = &mut self.hosts[host].role else { return };
+        let Role::Primary { guest, .. } = &mut self.hosts[host].role else {
+            return;
+        };
         let Guest { gate, gated, .. } = guest;
         let leaving = match through {
-            Some(epoch) => gate.extract_if(.., |(tag, _)| *tag <= epoch.0).collect::<Vec<_>>(),
+            Some(epoch) => gate
+                .extract_if(.., |(tag, _)| *tag <= epoch.0)
+                .collect::<Vec<_>>(),
             None => {
                 *gated = false;
                 std::mem::take(gate)
@@ -196,7 +243,9 @@ impl World {
 
     fn standby_action(&mut self, host: usize, action: StandbyAction) {
         let life = self.hosts[host].life;
-        let Role::Standby { copy, attempt, .. } = &mut self.hosts[host].role else { return };
+        let Role::Standby { copy, attempt, .. } = &mut self.hosts[host].role else {
+            return;
+        };
         let attempt = *attempt;
         match action {
             StandbyAction::TellReady => self.send(host, Message::Ready(attempt)),
@@ -206,22 +255,44 @@ impl World {
                 if self.rng.permille(60) {
                     let delay = Micros(self.rng.between(1000, 1_500_000));
                     let message = Message::Ack(generation, epoch);
-                    self.after(delay, Event::Deliver { to: 1 - host, from_life: life, message });
+                    self.after(
+                        delay,
+                        Event::Deliver {
+                            to: 1 - host,
+                            from_life: life,
+                            message,
+                        },
+                    );
                 }
             }
             StandbyAction::Apply { epoch } => {
-                let delay = Micros(self.rng.between(100, 3000));
+                let slow = self.rng.permille(50);
+                let delay = Micros(self.rng.between(100, if slow { 200_000 } else { 3000 }));
                 self.after(delay, Event::ApplyDisk { host, life, epoch });
             }
             StandbyAction::DropIncomplete => copy.buffered.retain(|_, (parts, _)| *parts == WHOLE),
-            StandbyAction::Claim { ticket, expected, value } => {
+            StandbyAction::Claim {
+                ticket,
+                expected,
+                value,
+            } => {
                 self.ask(host, ticket, Some((expected, value)));
             }
             StandbyAction::ReadRecord { ticket } => self.ask(host, ticket, None),
             StandbyAction::Promote { epoch, record, .. } => {
+                let state = copy.state;
                 self.check_promote(host, attempt, epoch);
+                self.check_promoted(host, attempt, epoch, state);
                 let delay = Micros(self.rng.between(3000, 9000));
-                self.after(delay, Event::PromoteEnd { host, life, epoch, record });
+                self.after(
+                    delay,
+                    Event::PromoteEnd {
+                        host,
+                        life,
+                        epoch,
+                        record,
+                    },
+                );
             }
             StandbyAction::StandDown { why } => {
                 self.check_standby_end(host, attempt, &why);
@@ -233,7 +304,10 @@ impl World {
             }
             StandbyAction::TellBroken { .. } => self.send(host, Message::StandbyGone(attempt)),
             StandbyAction::Alert(Alert::PartnerConfused { reason }) => {
-                self.violated("bounded", format!("a standby is confused by an honest primary: {reason}"));
+                self.violated(
+                    "bounded",
+                    format!("a standby is confused by an honest primary: {reason}"),
+                );
             }
             StandbyAction::Alert(_) => {}
         }
@@ -247,22 +321,43 @@ impl World {
                 self.to_machine(host, PrimaryInput::Tick, StandbyInput::Tick);
             }
             Event::Continue { host, life } if life == self.hosts[host].life => self.drain(host),
-            Event::Deliver { to, from_life, message } => {
+            Event::Deliver {
+                to,
+                from_life,
+                message,
+            } => {
                 if self.hosts[to].up {
                     // Sent by a machine that is no more: on the wire already, or not.
-                    if from_life != self.hosts[1 - to].life && self.rng.permille(300) {
+                    if self.faults_on
+                        && from_life != self.hosts[1 - to].life
+                        && self.rng.permille(300)
+                    {
                         return;
                     }
                     self.deliver(to, message);
                 }
             }
-            Event::CutEnd { host, life, epoch, ok, pause, stay_stopped } if life == self.hosts[host].life => {
+            Event::CutEnd {
+                host,
+                life,
+                epoch,
+                ok,
+                pause,
+                stay_stopped,
+            } if life == self.hosts[host].life => {
                 self.cut_end(host, epoch, ok.then_some(stay_stopped), pause);
             }
-            Event::Converged { host, life, generation } if life == self.hosts[host].life => {
-                if matches!(&self.hosts[host].role, Role::Primary { attempt, .. } if *attempt == generation) {
+            Event::Converged {
+                host,
+                life,
+                generation,
+            } if life == self.hosts[host].life => {
+                if matches!(&self.hosts[host].role, Role::Primary { attempt, .. } if *attempt == generation)
+                {
                     let input = if self.rng.permille(20) {
-                        PrimaryInput::SeedingFailed { reason: "by chance".into() }
+                        PrimaryInput::SeedingFailed {
+                            reason: "by chance".into(),
+                        }
                     } else {
                         PrimaryInput::SeedingConverged
                     };
@@ -271,7 +366,14 @@ impl World {
             }
             Event::StandbyUp { host, life, ok } if life == self.hosts[host].life => {
                 let reason = "by chance".into();
-                self.to_standby(host, if ok { StandbyInput::ShellReady } else { StandbyInput::ShellFailed { reason } });
+                self.to_standby(
+                    host,
+                    if ok {
+                        StandbyInput::ShellReady
+                    } else {
+                        StandbyInput::ShellFailed { reason }
+                    },
+                );
             }
             Event::ApplyDisk { host, life, epoch } if life == self.hosts[host].life => {
                 if let Role::Standby { copy, .. } = &mut self.hosts[host].role
@@ -291,24 +393,43 @@ impl World {
                     self.to_standby(host, StandbyInput::Applied { epoch });
                 }
             }
-            Event::PromoteEnd { host, life, epoch, record } if life == self.hosts[host].life => {
-                let Role::Standby { attempt, copy, .. } = &self.hosts[host].role else { return };
+            Event::PromoteEnd {
+                host,
+                life,
+                epoch,
+                record,
+            } if life == self.hosts[host].life => {
+                let Role::Standby { attempt, copy, .. } = &self.hosts[host].role else {
+                    return;
+                };
                 let (attempt, state) = (*attempt, copy.state);
                 self.check_promoted(host, attempt, epoch, state);
                 self.to_standby(host, StandbyInput::Promoted);
                 self.report.promotions += 1;
                 self.start_primary(host, record, state);
             }
-            Event::RegistryAnswer { id, host, life, ticket } => {
-                let Some((_, outcome, known)) = self.requests.get(&id).cloned() else { return };
+            Event::RegistryAnswer {
+                id,
+                host,
+                life,
+                ticket,
+            } => {
+                let Some((_, outcome, known)) = self.requests.get(&id).cloned() else {
+                    return;
+                };
                 if life != self.hosts[host].life {
                     return;
                 }
                 let outcome = match outcome {
                     Some(outcome) if known => outcome,
-                    _ => ClaimOutcome::Unreachable { reason: "no answer".into() },
+                    _ => ClaimOutcome::Unreachable {
+                        reason: "no answer".into(),
+                    },
                 };
-                let input = PrimaryInput::ClaimResult { ticket, outcome: outcome.clone() };
+                let input = PrimaryInput::ClaimResult {
+                    ticket,
+                    outcome: outcome.clone(),
+                };
                 self.to_machine(host, input, StandbyInput::ClaimResult { ticket, outcome });
             }
             _ => {}
@@ -316,11 +437,19 @@ impl World {
     }
 
     fn cut_end(&mut self, host: usize, epoch: Epoch, taken: Option<bool>, pause: Micros) {
-        let Role::Primary { guest, attempt, .. } = &mut self.hosts[host].role else { return };
+        let Role::Primary { guest, attempt, .. } = &mut self.hosts[host].role else {
+            return;
+        };
         let generation = *attempt;
         guest.paused = false;
         let Some(stay_stopped) = taken else {
-            return self.to_primary(host, PrimaryInput::CutFailed { epoch, reason: "by chance".into() });
+            return self.to_primary(
+                host,
+                PrimaryInput::CutFailed {
+                    epoch,
+                    reason: "by chance".into(),
+                },
+            );
         };
         guest.held |= stay_stopped;
         guest.epoch = epoch.0 + 1;
@@ -329,13 +458,29 @@ impl World {
         let busy = u16::try_from(self.rng.between(0, 1000)).unwrap_or(0);
         self.to_primary(host, PrimaryInput::GuestBusy { permille: busy });
         let pages = self.rng.between(1, 500);
-        self.to_primary(host, PrimaryInput::CutDone { epoch, pause, bytes: pages * 4096, pages });
+        self.to_primary(
+            host,
+            PrimaryInput::CutDone {
+                epoch,
+                pause,
+                bytes: pages * 4096,
+                pages,
+            },
+        );
         let encode = self.rng.permille(500);
         if encode {
             self.to_primary(host, PrimaryInput::Sent { epoch });
         }
         for part in 0..3 {
-            self.send(host, Message::Part { generation, epoch, part, state });
+            self.send(
+                host,
+                Message::Part {
+                    generation,
+                    epoch,
+                    part,
+                    state,
+                },
+            );
         }
     }
 
@@ -350,19 +495,38 @@ impl World {
         };
         match message {
             Message::Prepare(generation) => self.prepare(to, generation),
-            Message::Part { generation, epoch, part, state } => {
+            Message::Part {
+                generation,
+                epoch,
+                part,
+                state,
+            } => {
                 if standby_of == Some(generation) {
                     self.part(to, generation, epoch, part, state);
                 }
             }
             // The machine itself has to tell old acknowledgements from new ones.
-            Message::Ack(generation, epoch) => self.to_primary(to, PrimaryInput::Acked { generation, epoch }),
-            Message::Ready(g) if primary_of == Some(g) => self.to_primary(to, PrimaryInput::StandbyReady),
+            Message::Ack(generation, epoch) => {
+                self.to_primary(to, PrimaryInput::Acked { generation, epoch })
+            }
+            Message::Ready(g) if primary_of == Some(g) => {
+                self.to_primary(to, PrimaryInput::StandbyReady)
+            }
             Message::Refused(g) if primary_of == Some(g) => {
-                self.to_primary(to, PrimaryInput::StandbyRefused { reason: "occupied".into() });
+                self.to_primary(
+                    to,
+                    PrimaryInput::StandbyRefused {
+                        reason: "occupied".into(),
+                    },
+                );
             }
             Message::StandbyGone(g) if primary_of == Some(g) => {
-                self.to_primary(to, PrimaryInput::StandbyGone { reason: "it says so".into() });
+                self.to_primary(
+                    to,
+                    PrimaryInput::StandbyGone {
+                        reason: "it says so".into(),
+                    },
+                );
             }
             Message::Confirm(generation, epoch) => {
                 self.to_standby(to, StandbyInput::MirrorConfirmed { generation, epoch });
@@ -371,9 +535,16 @@ impl World {
                 self.to_standby(to, StandbyInput::Handover { generation, epoch });
             }
             Message::Gone(g) if standby_of == Some(g) => {
-                self.to_standby(to, StandbyInput::PrimaryGone { reason: "it says so".into() });
+                self.to_standby(
+                    to,
+                    StandbyInput::PrimaryGone {
+                        reason: "it says so".into(),
+                    },
+                );
             }
-            Message::Dismiss(g) if standby_of == Some(g) => self.to_standby(to, StandbyInput::Dismissed),
+            Message::Dismiss(g) if standby_of == Some(g) => {
+                self.to_standby(to, StandbyInput::Dismissed)
+            }
             _ => {}
         }
     }
@@ -393,7 +564,11 @@ impl World {
         };
         let machine = Box::new(Standby::new(config, self.now));
         self.hosts[host].life += 1;
-        self.hosts[host].role = Role::Standby { machine, attempt: generation, copy: StandbyCopy::default() };
+        self.hosts[host].role = Role::Standby {
+            machine,
+            attempt: generation,
+            copy: StandbyCopy::default(),
+        };
         let (life, ok) = (self.hosts[host].life, !self.rng.permille(20));
         let delay = Micros(self.rng.between(1000, 20_000));
         self.after(delay, Event::StandbyUp { host, life, ok });
@@ -402,14 +577,26 @@ impl World {
         }
     }
 
-    fn part(&mut self, host: usize, generation: Generation, epoch: Epoch, part: u8, state: super::GuestState) {
-        let Role::Standby { copy, .. } = &mut self.hosts[host].role else { return };
+    fn part(
+        &mut self,
+        host: usize,
+        generation: Generation,
+        epoch: Epoch,
+        part: u8,
+        state: super::GuestState,
+    ) {
+        let Role::Standby { copy, .. } = &mut self.hosts[host].role else {
+            return;
+        };
         let (parts, _) = copy.buffered.entry(epoch.0).or_insert((0, state));
         *parts |= 1 << part;
         let whole = *parts == WHOLE;
         let buffered = copy.buffered.len();
-        if buffered > MAX_IN_FLIGHT + 2 {
-            self.violated("bounded", format!("{buffered} epochs are buffered on the standby"));
+        if buffered as u64 > MAX_IN_FLIGHT as u64 + APPLY_BACKLOG_MAX {
+            self.violated(
+                "bounded",
+                format!("{buffered} epochs are buffered on the standby"),
+            );
         }
         if whole {
             let newest = self.whole.entry(generation).or_default();

@@ -9,10 +9,12 @@ use crate::mirror::sabotage::{Bug, with_bug};
 const SEEDS_DEFAULT: u64 = 300;
 
 /// Within so many seeds every bug must show.
-const SEEDS_TO_FIND_A_BUG: u64 = 1000;
+const SEEDS_TO_FIND_A_BUG: u64 = 2000;
 
 fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
+    std::env::var(name)
+        .ok()
+        .map(|text| text.parse().expect("a number"))
 }
 
 #[test]
@@ -35,7 +37,10 @@ fn the_invariants_hold_for_every_seed() {
         all.restarts += one.restarts;
     }
     println!("{seeds} seeds: {all:?}");
-    assert!(all.promotions > seeds / 2 && all.solos > seeds / 2 && all.cuts > 50 * seeds, "{all:?}");
+    assert!(
+        all.promotions > seeds / 2 && all.solos > seeds / 2 && all.cuts > 50 * seeds,
+        "{all:?}"
+    );
 }
 
 #[test]
@@ -61,8 +66,11 @@ fn every_bug_put_back_is_found() {
     ]
     .into_iter()
     .map(|bug| {
-        let hit = (0..SEEDS_TO_FIND_A_BUG)
-            .find_map(|seed| with_bug(bug, || run(seed)).err().map(|violation| (seed, violation.invariant)));
+        let hit = (0..SEEDS_TO_FIND_A_BUG).find_map(|seed| {
+            with_bug(bug, || run(seed))
+                .err()
+                .map(|violation| (seed, violation.invariant))
+        });
         (bug, hit)
     })
     .collect();

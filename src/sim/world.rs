@@ -6,7 +6,7 @@ use super::rng::{Rng, mix};
 use super::{EVENTS_MAX, LIVENESS_BOUND, Report, SAFETY_PHASE, Violation};
 use crate::mirror::{
     ClaimOutcome, Micros, Policy, Primary, PrimaryConfig, PrimaryInput, PrimaryState, Standby,
-    StandbyInput, StandbyState, Ticket, Timing, Verdict, VmRecord, Versioned,
+    StandbyInput, StandbyState, Ticket, Timing, Verdict, Versioned, VmRecord,
 };
 use crate::pool::{Epoch, Generation, HostName};
 use std::collections::BTreeMap;
@@ -19,7 +19,12 @@ pub(super) enum Message {
     Refused(Generation),
     StandbyGone(Generation),
     /// One of three parts of an epoch, each on a lane of its own.
-    Part { generation: Generation, epoch: Epoch, part: u8, state: GuestState },
+    Part {
+        generation: Generation,
+        epoch: Epoch,
+        part: u8,
+        state: GuestState,
+    },
     Ack(Generation, Epoch),
     Confirm(Generation, Epoch),
     /// The attempt, then what `Handover` says.
@@ -31,25 +36,84 @@ pub(super) enum Message {
 /// What may happen.
 #[derive(Clone, Debug)]
 pub(super) enum Event {
-    Tick { host: usize },
+    Tick {
+        host: usize,
+    },
     /// Carry out what a freeze interrupted.
-    Continue { host: usize, life: u64 },
-    Deliver { to: usize, from_life: u64, message: Message },
-    Heartbeat { host: usize },
-    Heard { host: usize },
-    Detect { host: usize },
-    CutEnd { host: usize, life: u64, epoch: Epoch, ok: bool, pause: Micros, stay_stopped: bool },
-    Converged { host: usize, life: u64, generation: Generation },
-    StandbyUp { host: usize, life: u64, ok: bool },
+    Continue {
+        host: usize,
+        life: u64,
+    },
+    Deliver {
+        to: usize,
+        from_life: u64,
+        message: Message,
+    },
+    Heartbeat {
+        host: usize,
+    },
+    Heard {
+        host: usize,
+    },
+    Detect {
+        host: usize,
+    },
+    CutEnd {
+        host: usize,
+        life: u64,
+        epoch: Epoch,
+        ok: bool,
+        pause: Micros,
+        stay_stopped: bool,
+    },
+    Converged {
+        host: usize,
+        life: u64,
+        generation: Generation,
+    },
+    StandbyUp {
+        host: usize,
+        life: u64,
+        ok: bool,
+    },
     /// First the disk, then the rest.
-    ApplyDisk { host: usize, life: u64, epoch: Epoch },
-    ApplyRest { host: usize, life: u64, epoch: Epoch },
-    PromoteEnd { host: usize, life: u64, epoch: Epoch, record: Versioned<VmRecord> },
-    RegistryEffect { id: u64 },
-    RegistryAnswer { id: u64, host: usize, life: u64, ticket: Ticket },
-    Request { number: u64, story: u64 },
-    ClientResend { number: u64, story: u64 },
-    Answer { number: u64, story: u64 },
+    ApplyDisk {
+        host: usize,
+        life: u64,
+        epoch: Epoch,
+    },
+    ApplyRest {
+        host: usize,
+        life: u64,
+        epoch: Epoch,
+    },
+    PromoteEnd {
+        host: usize,
+        life: u64,
+        epoch: Epoch,
+        record: Versioned<VmRecord>,
+    },
+    RegistryEffect {
+        id: u64,
+    },
+    RegistryAnswer {
+        id: u64,
+        host: usize,
+        life: u64,
+        ticket: Ticket,
+    },
+    Request {
+        number: u64,
+        story: u64,
+    },
+    ClientResend {
+        number: u64,
+        story: u64,
+    },
+    Answer {
+        number: u64,
+        story: u64,
+    },
     Work,
     Operator,
     Fault,
@@ -60,8 +124,16 @@ pub(super) enum Event {
 #[derive(Debug)]
 pub(super) enum Role {
     Idle,
-    Primary { machine: Box<Primary>, guest: Guest, attempt: Generation },
-    Standby { machine: Box<Standby>, attempt: Generation, copy: StandbyCopy },
+    Primary {
+        machine: Box<Primary>,
+        guest: Guest,
+        attempt: Generation,
+    },
+    Standby {
+        machine: Box<Standby>,
+        attempt: Generation,
+        copy: StandbyCopy,
+    },
 }
 
 /// What a standby holds.
@@ -160,7 +232,11 @@ impl World {
             directions: [Direction::default(), Direction::default()],
             registry: RegistryModel::new(record),
             requests: BTreeMap::new(),
-            client: Client { story: 0, next: 1, acked: 0 },
+            client: Client {
+                story: 0,
+                next: 1,
+                acked: 0,
+            },
             faults_on: true,
             checkpoints: BTreeMap::new(),
             whole: BTreeMap::new(),
@@ -174,7 +250,13 @@ impl World {
             world.after(Micros(1000), Event::Heartbeat { host });
             world.after(Micros(5000), Event::Detect { host });
         }
-        world.after(Micros(100), Event::Request { number: 1, story: 0 });
+        world.after(
+            Micros(100),
+            Event::Request {
+                number: 1,
+                story: 0,
+            },
+        );
         world.after(Micros(3000), Event::Work);
         world.after(Micros(10_000), Event::Operator);
         world.after(Micros(300_000), Event::Fault);
@@ -195,7 +277,13 @@ impl World {
         while !(self.healthy() && self.report.answers > answers + 20) {
             if self.now > deadline {
                 let roles: Vec<String> = self.hosts.iter().map(Self::describe).collect();
-                self.violated("liveness", format!("not mirrored and answering again: {roles:?}, {:?}", self.registry.record));
+                self.violated(
+                    "liveness",
+                    format!(
+                        "not mirrored and answering again: {roles:?}, {:?}",
+                        self.registry.record
+                    ),
+                );
             }
             self.step()?;
         }
@@ -215,7 +303,9 @@ impl World {
 
     fn healthy(&self) -> bool {
         self.hosts.iter().any(|host| match &host.role {
-            Role::Primary { machine, guest, .. } => machine.status(self.now).mirrored && guest.runs(),
+            Role::Primary { machine, guest, .. } => {
+                machine.status(self.now).mirrored && guest.runs()
+            }
             _ => false,
         })
     }
@@ -321,10 +411,18 @@ impl World {
     fn detect(&mut self, host: usize) {
         let it = &mut self.hosts[host];
         let silent = self.now.since(it.last_heard) > Timing::DEFAULT.detection;
-        let verdict = if silent { Verdict::Lost } else { Verdict::Alive };
+        let verdict = if silent {
+            Verdict::Lost
+        } else {
+            Verdict::Alive
+        };
         if it.up && verdict != it.verdict {
             it.verdict = verdict;
-            self.to_machine(host, PrimaryInput::PeerVerdict(verdict), StandbyInput::PeerVerdict(verdict));
+            self.to_machine(
+                host,
+                PrimaryInput::PeerVerdict(verdict),
+                StandbyInput::PeerVerdict(verdict),
+            );
         }
     }
 
@@ -338,7 +436,12 @@ impl World {
     }
 
     /// A machine for a VM that runs on `host` from now on.
-    pub(super) fn start_primary(&mut self, host: usize, record: Versioned<VmRecord>, state: GuestState) {
+    pub(super) fn start_primary(
+        &mut self,
+        host: usize,
+        record: Versioned<VmRecord>,
+        state: GuestState,
+    ) {
         let config = PrimaryConfig {
             me: self.hosts[host].name.clone(),
             timing: Timing::DEFAULT,
@@ -346,14 +449,26 @@ impl World {
             max_in_flight: crate::mirror::MAX_IN_FLIGHT,
         };
         let machine = Box::new(Primary::new(config, record, self.now));
-        let guest = Guest { state, ..Guest::default() };
+        let guest = Guest {
+            state,
+            ..Guest::default()
+        };
         self.hosts[host].life += 1;
-        self.hosts[host].role = Role::Primary { machine, guest, attempt: Generation(0) };
+        self.hosts[host].role = Role::Primary {
+            machine,
+            guest,
+            attempt: Generation(0),
+        };
         self.alive_on = host;
         let verdict = self.hosts[host].verdict;
         self.to_primary(host, PrimaryInput::PeerVerdict(verdict));
         if self.directions[host].cut {
-            self.to_primary(host, PrimaryInput::LinkDown { reason: "cut".into() });
+            self.to_primary(
+                host,
+                PrimaryInput::LinkDown {
+                    reason: "cut".into(),
+                },
+            );
         }
     }
 
@@ -367,7 +482,9 @@ impl World {
             if !self.hosts[host].up || self.hosts[host].frozen_until > self.now {
                 continue;
             }
-            let Role::Primary { guest, .. } = &mut self.hosts[host].role else { continue };
+            let Role::Primary { guest, .. } = &mut self.hosts[host].role else {
+                continue;
+            };
             if guest.paused {
                 // Waits in the virtual NIC.
                 let delay = Micros(self.rng.between(300, 2000));
@@ -377,7 +494,9 @@ impl World {
             if !guest.runs() {
                 continue;
             }
-            let Some(answer) = guest.state.serve(number) else { continue };
+            let Some(answer) = guest.state.serve(number) else {
+                continue;
+            };
             if guest.gated {
                 let epoch = guest.epoch;
                 guest.gate.push((epoch, answer));
@@ -398,7 +517,10 @@ impl World {
         let number = self.client.next;
         let think = Micros(self.rng.between(500, 15_000));
         self.after(think, Event::Request { number, story });
-        self.after(think + Micros(200_000), Event::ClientResend { number, story });
+        self.after(
+            think + Micros(200_000),
+            Event::ClientResend { number, story },
+        );
     }
 
     // ---- operator ----
@@ -420,7 +542,9 @@ impl World {
             return self.restart();
         }
         for host in 0..2 {
-            let Role::Primary { machine, .. } = &self.hosts[host].role else { continue };
+            let Role::Primary { machine, .. } = &self.hosts[host].role else {
+                continue;
+            };
             if machine.status(self.now).state == PrimaryState::Solo && self.hosts[1 - host].up {
                 let partner = self.hosts[1 - host].name.clone();
                 self.to_primary(host, PrimaryInput::Protect { partner });
@@ -430,14 +554,23 @@ impl World {
 
     /// Nothing holds the VM any more: start it from its disk, as high availability would.
     fn restart(&mut self) {
-        let Some(host) = (0..2).find(|host| self.hosts[*host].up && self.hosts[*host].frozen_until <= self.now) else {
+        let Some(host) =
+            (0..2).find(|host| self.hosts[*host].up && self.hosts[*host].frozen_until <= self.now)
+        else {
             return;
         };
         self.report.restarts += 1;
-        let record = VmRecord::started(self.hosts[host].name.clone(), Some(&self.registry.record.value));
+        let record = VmRecord::started(
+            self.hosts[host].name.clone(),
+            Some(&self.registry.record.value),
+        );
         self.registry.put(record);
         let story = self.client.story + 1;
-        self.client = Client { story, next: 1, acked: 0 };
+        self.client = Client {
+            story,
+            next: 1,
+            acked: 0,
+        };
         let record = self.registry.record.clone();
         self.start_primary(host, record, GuestState::default());
         self.after(Micros(100), Event::Request { number: 1, story });
