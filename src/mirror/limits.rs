@@ -7,6 +7,11 @@ use super::Micros;
 /// machines work for any number.
 pub const MAX_IN_FLIGHT: usize = 1;
 
+/// Epochs a standby acknowledges ahead of applying them. One is applied while the next
+/// arrives; a standby that cannot keep up acknowledges later, which slows the cuts and so
+/// the guest, and keeps its buffers within this many epochs and those in flight.
+pub const APPLY_BACKLOG_MAX: u64 = 2;
+
 /// Cuts of one epoch that may fail in a row before mirroring is given up: one failure is
 /// a QMP hiccup, three are a broken QEMU.
 pub const CUT_FAILURES_MAX: u32 = 3;
@@ -23,7 +28,7 @@ pub const REGISTRY_RETRY_MAX: Micros = Micros::from_millis(1000);
 pub const PREPARE_PATIENCE: Micros = Micros::from_millis(30_000);
 
 /// A standby whose primary is lost and which the record does not name keeps reading this
-/// long, in case the primary's last write is still on its way; then it stands down.
+/// long after its last epoch, in case the primary's last write is still on its way; then it stands down.
 pub const ORPHAN_PATIENCE: Micros = Micros::from_millis(10_000);
 
 /// A standby that has heard of no epoch for this long reads the record: the primary's last
@@ -46,8 +51,12 @@ pub struct Timing {
     pub release_within: Micros,
     /// How long the link may be down before the primary claims, while heartbeats still arrive.
     pub link_down_bound: Micros,
-    /// How long an epoch may stay unacknowledged before the primary claims.
+    /// How long an epoch may stay unacknowledged, from its cut, before the primary claims.
     pub ack_overdue: Micros,
+    /// How long a named standby goes without an epoch before it claims although the
+    /// primary's host is alive: the VM is gone there and its last word was lost, or its
+    /// shell hangs. Later than the primary itself would give up.
+    pub silence_claim: Micros,
     /// Replication lag at which a VM is no longer called mirrored and an alert is raised.
     pub lag_alarm: Micros,
 }
@@ -61,6 +70,7 @@ impl Timing {
         release_within: Micros::from_millis(120),
         link_down_bound: Micros::from_millis(100),
         ack_overdue: Micros::from_millis(3000),
+        silence_claim: Micros::from_millis(4000),
         lag_alarm: Micros::from_millis(1000),
     };
 }
@@ -73,10 +83,18 @@ impl Default for Timing {
 
 const _: () = {
     let t = Timing::DEFAULT;
-    assert!(t.release_within.0 < t.lease.0, "the primary's lease must end first");
+    assert!(
+        t.release_within.0 < t.lease.0,
+        "the primary's lease must end first"
+    );
     // Clocks of two hosts may differ by 1000 ppm and still keep the order.
     assert!(t.lease.0 - t.release_within.0 > t.lease.0 / 1000);
-    assert!(t.lease.0 <= t.detection.0 + t.claim_delay.0, "the lease must not add blackout");
+    assert!(
+        t.lease.0 <= t.detection.0 + t.claim_delay.0,
+        "the lease must not add blackout"
+    );
+    assert!(t.silence_claim.0 > t.ack_overdue.0 + 2 * SILENCE_BOUND.0 - 1);
+    assert!(ORPHAN_PATIENCE.0 > t.silence_claim.0);
     assert!(REGISTRY_RETRY_MIN.0 <= REGISTRY_RETRY_MAX.0);
-    assert!(MAX_IN_FLIGHT >= 1);
+    assert!(MAX_IN_FLIGHT >= 1 && APPLY_BACKLOG_MAX >= 1);
 };

@@ -38,15 +38,19 @@
 mod limits;
 pub mod primary;
 mod record;
-mod sabotage;
+pub(crate) mod sabotage;
 pub mod schedule;
 pub mod standby;
 
 pub use limits::*;
-pub use primary::{Primary, PrimaryAction, PrimaryConfig, PrimaryInput, PrimaryState, PrimaryStatus};
+pub use primary::{
+    Primary, PrimaryAction, PrimaryConfig, PrimaryInput, PrimaryState, PrimaryStatus,
+};
 pub use record::{BadRecord, VmRecord, record_key};
 pub use schedule::{Policy, Schedule};
-pub use standby::{Standby, StandbyAction, StandbyConfig, StandbyInput, StandbyState, StandbyStatus};
+pub use standby::{
+    Standby, StandbyAction, StandbyConfig, StandbyInput, StandbyState, StandbyStatus,
+};
 
 pub use crate::registry::Versioned;
 

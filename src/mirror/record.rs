@@ -24,13 +24,17 @@ pub struct VmRecord {
 #[derive(Debug, thiserror::Error)]
 pub enum BadRecord {
     /// Larger than a record can be.
-    #[error("VM record is {bytes} bytes, the most is {RECORD_BYTES_MAX}; the registry value is damaged")]
+    #[error(
+        "VM record is {bytes} bytes, the most is {RECORD_BYTES_MAX}; the registry value is damaged"
+    )]
     TooLong {
         /// Its size.
         bytes: usize,
     },
     /// Not the JSON of a record.
-    #[error("VM record cannot be read: {0}; the registry value is damaged or was written by a newer pollux")]
+    #[error(
+        "VM record cannot be read: {0}; the registry value is damaged or was written by a newer pollux"
+    )]
     Json(#[from] serde_json::Error),
 }
 
@@ -45,7 +49,12 @@ impl VmRecord {
     #[must_use]
     pub fn started(owner: HostName, previous: Option<&Self>) -> Self {
         let generation = previous.map_or(Generation(1), |record| record.generation.next());
-        Self { generation, owner, standby: None, running: true }
+        Self {
+            generation,
+            owner,
+            standby: None,
+            running: true,
+        }
     }
 
     /// As JSON.
@@ -87,16 +96,26 @@ mod tests {
 
     #[test]
     fn damaged_records_are_refused() {
-        for bad in [&b""[..], b"{}", b"{\"generation\":1,\"owner\":\"A\",\"standby\":null,\"running\":true}"] {
+        for bad in [
+            &b""[..],
+            b"{}",
+            b"{\"generation\":1,\"owner\":\"A\",\"standby\":null,\"running\":true}",
+        ] {
             assert!(VmRecord::from_bytes(bad).is_err());
         }
-        assert!(matches!(VmRecord::from_bytes(&[b' '; 5000]), Err(BadRecord::TooLong { bytes: 5000 })));
+        assert!(matches!(
+            VmRecord::from_bytes(&[b' '; 5000]),
+            Err(BadRecord::TooLong { bytes: 5000 })
+        ));
     }
 
     #[test]
     fn each_start_has_its_own_generation() {
         let first = VmRecord::started(host("a"), None);
         assert_eq!(first.generation, Generation(1));
-        assert_eq!(VmRecord::started(host("b"), Some(&first)).generation, Generation(2));
+        assert_eq!(
+            VmRecord::started(host("b"), Some(&first)).generation,
+            Generation(2)
+        );
     }
 }

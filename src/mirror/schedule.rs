@@ -124,7 +124,11 @@ impl Schedule {
         let lost = earned_ns(pause, self.busy_permille);
         let faults = i64::try_from(pages.saturating_mul(PAGE_FAULT_NS)).unwrap_or(i64::MAX);
         let floor = -earned_ns(DEBT_WINDOW, self.policy.overhead_permille);
-        self.credit_ns = self.credit_ns.saturating_sub(lost).saturating_sub(faults).max(floor);
+        self.credit_ns = self
+            .credit_ns
+            .saturating_sub(lost)
+            .saturating_sub(faults)
+            .max(floor);
         self.resumed_at = now;
     }
 
@@ -152,7 +156,9 @@ impl Schedule {
 
     /// When the debt will be paid.
     fn affordable_at(&self) -> Micros {
-        let Ok(debt) = u64::try_from(-self.credit_ns) else { return Micros::ZERO };
+        let Ok(debt) = u64::try_from(-self.credit_ns) else {
+            return Micros::ZERO;
+        };
         let rate = u64::from(self.policy.overhead_permille.max(1));
         self.credited_at + Micros(debt.div_ceil(rate))
     }
@@ -189,7 +195,13 @@ mod tests {
     /// One simulated second of a guest: `output(t)` tells whether one appears in µs `t`.
     fn run(policy: Policy, busy: u16, pages: u64, mut output: impl FnMut(u64) -> bool) -> Outcome {
         let mut schedule = Schedule::new(policy, Micros::ZERO);
-        let mut out = Outcome { cuts: 0, paused: 0, worst: 0, sum: 0, answers: 0 };
+        let mut out = Outcome {
+            cuts: 0,
+            paused: 0,
+            worst: 0,
+            sum: 0,
+            answers: 0,
+        };
         let mut waiting: Vec<u64> = Vec::new();
         let (mut t, mut committed_at) = (0u64, 0u64);
         while t < SECOND {
@@ -221,7 +233,11 @@ mod tests {
         // One request every 5 ms, 5 % busy: pause + commit, and no gap on top.
         let out = run(Policy::default(), 50, 60, |t| t % 5000 == 0 && t > 0);
         assert!(out.answers > 150, "{}", out.answers);
-        assert!(out.sum / out.answers <= 3300, "mean {}", out.sum / out.answers);
+        assert!(
+            out.sum / out.answers <= 3300,
+            "mean {}",
+            out.sum / out.answers
+        );
         assert!(out.worst <= 4000, "worst {}", out.worst);
     }
 
@@ -229,7 +245,11 @@ mod tests {
     fn saturated_output_keeps_most_of_its_cpu() {
         let out = run(Policy::default(), 1000, 300, |t| t % 100 == 0);
         assert!(out.paused <= SECOND * 26 / 100, "paused {}", out.paused);
-        assert!(out.cuts >= 50, "and is not left waiting either: {} cuts", out.cuts);
+        assert!(
+            out.cuts >= 50,
+            "and is not left waiting either: {} cuts",
+            out.cuts
+        );
     }
 
     #[test]
@@ -243,15 +263,26 @@ mod tests {
         let mut schedule = Schedule::new(Policy::default(), Micros::ZERO);
         schedule.cut_done(Micros(100_000), Micros(60_000), 200_000);
         let next = schedule.next_cut();
-        assert!(next > Micros(150_000) && next <= Micros(350_000), "{next:?}");
+        assert!(
+            next > Micros(150_000) && next <= Micros(350_000),
+            "{next:?}"
+        );
     }
 
     #[test]
     fn the_latency_target_beats_the_ceiling() {
-        let policy = Policy { latency_target: Some(Micros(1000)), ..Policy::default() };
+        let policy = Policy {
+            latency_target: Some(Micros(1000)),
+            ..Policy::default()
+        };
         let free = run(policy, 1000, 300, |t| t % 100 == 0);
         let held = run(Policy::default(), 1000, 300, |t| t % 100 == 0);
-        assert!(free.cuts > 2 * held.cuts, "{} against {}", free.cuts, held.cuts);
+        assert!(
+            free.cuts > 2 * held.cuts,
+            "{} against {}",
+            free.cuts,
+            held.cuts
+        );
         assert!(free.worst <= 6500, "{}", free.worst);
     }
 

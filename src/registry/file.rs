@@ -35,7 +35,9 @@ pub struct FileRegistryOptions {
 
 impl Default for FileRegistryOptions {
     fn default() -> Self {
-        Self { lock_wait: LOCK_WAIT }
+        Self {
+            lock_wait: LOCK_WAIT,
+        }
     }
 }
 
@@ -61,7 +63,11 @@ impl FileRegistry {
     /// The registry in `dir`, which must exist; files are made on first use.
     #[must_use]
     pub fn new(dir: impl Into<PathBuf>, options: FileRegistryOptions) -> Self {
-        Self { dir: dir.into(), options, fail_after: None }
+        Self {
+            dir: dir.into(),
+            options,
+            fail_after: None,
+        }
     }
 
     /// Where it is.
@@ -94,7 +100,9 @@ impl FileRegistry {
         loop {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => return Ok(lock),
-                Err((back, nix::errno::Errno::EWOULDBLOCK | nix::errno::Errno::EINTR)) => file = back,
+                Err((back, nix::errno::Errno::EWOULDBLOCK | nix::errno::Errno::EINTR)) => {
+                    file = back
+                }
                 Err((_, e)) => {
                     return Err(self.not_done(what, format!("cannot lock {}: {e}", path.display())));
                 }
@@ -103,7 +111,10 @@ impl FileRegistry {
                 let wait = self.options.lock_wait;
                 return Err(self.not_done(
                     what,
-                    format!("{} was locked by another host for {wait:?}; find the one that hangs", path.display()),
+                    format!(
+                        "{} was locked by another host for {wait:?}; find the one that hangs",
+                        path.display()
+                    ),
                 ));
             }
             std::thread::sleep(LOCK_POLL);
@@ -116,13 +127,18 @@ impl FileRegistry {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Entries::new()),
             Err(e) => return Err(self.not_done(what, format!("cannot open it: {e}"))),
         };
-        let cap = u64::try_from(FILE_BYTES_MAX).unwrap_or(u64::MAX).saturating_add(1);
+        let cap = u64::try_from(FILE_BYTES_MAX)
+            .unwrap_or(u64::MAX)
+            .saturating_add(1);
         let mut bytes = Vec::new();
         file.take(cap)
             .read_to_end(&mut bytes)
             .map_err(|e| self.not_done(what, format!("cannot read it: {e}")))?;
         format::decode(&bytes).map_err(|e| {
-            self.not_done(what, format!("the file is damaged: {e}; restore it, or remove it if no VM runs"))
+            self.not_done(
+                what,
+                format!("the file is damaged: {e}; restore it, or remove it if no VM runs"),
+            )
         })
     }
 
@@ -166,7 +182,8 @@ impl Registry for FileRegistry {
     ) -> Result<CasOutcome, RegistryError> {
         let what = format!("compare-and-set of {key}");
         if key.is_empty() || key.len() > KEY_BYTES_MAX || value.len() > VALUE_BYTES_MAX {
-            let why = format!("keys have 1 to {KEY_BYTES_MAX} bytes, values at most {VALUE_BYTES_MAX}");
+            let why =
+                format!("keys have 1 to {KEY_BYTES_MAX} bytes, values at most {VALUE_BYTES_MAX}");
             return Err(self.not_done(&what, why));
         }
         let _lock = self.lock(&what)?;
@@ -176,11 +193,18 @@ impl Registry for FileRegistry {
             return Ok(CasOutcome::Lost(found.cloned()));
         }
         let version = expected.unwrap_or(0) + 1;
-        entries.insert(key.to_owned(), Versioned { version, value: value.to_vec() });
+        entries.insert(
+            key.to_owned(),
+            Versioned {
+                version,
+                value: value.to_vec(),
+            },
+        );
         let bytes = format::encode(&entries).map_err(|e| self.not_done(&what, e))?;
         let partial = self.dir.join("registry.partial");
-        self.store_partial(&partial, &bytes)
-            .map_err(|e| self.not_done(&what, format!("cannot write {}: {e}", partial.display())))?;
+        self.store_partial(&partial, &bytes).map_err(|e| {
+            self.not_done(&what, format!("cannot write {}: {e}", partial.display()))
+        })?;
         self.publish(&partial).map_err(|e| RegistryError::Unknown {
             place: self.path().display().to_string(),
             what,
@@ -193,7 +217,10 @@ impl Registry for FileRegistry {
         let what = format!("list of {prefix}");
         let _lock = self.lock(&what)?;
         let entries = self.load(&what)?;
-        Ok(entries.into_iter().filter(|(key, _)| key.starts_with(prefix)).collect())
+        Ok(entries
+            .into_iter()
+            .filter(|(key, _)| key.starts_with(prefix))
+            .collect())
     }
 }
 
@@ -202,7 +229,12 @@ mod tests {
     use super::*;
 
     fn open(dir: &Path) -> FileRegistry {
-        FileRegistry::new(dir, FileRegistryOptions { lock_wait: Duration::from_secs(60) })
+        FileRegistry::new(
+            dir,
+            FileRegistryOptions {
+                lock_wait: Duration::from_secs(60),
+            },
+        )
     }
 
     #[test]
@@ -210,14 +242,38 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut registry = open(dir.path());
         assert_eq!(registry.read("vm/1").unwrap(), None);
-        assert_eq!(registry.compare_and_set("vm/1", Some(1), b"x").unwrap(), CasOutcome::Lost(None));
-        assert_eq!(registry.compare_and_set("vm/1", None, b"a").unwrap(), CasOutcome::Won { version: 1 });
-        let there = Versioned { version: 1, value: b"a".to_vec() };
-        assert_eq!(registry.compare_and_set("vm/1", None, b"b").unwrap(), CasOutcome::Lost(Some(there)));
-        assert_eq!(registry.compare_and_set("vm/1", Some(1), b"b").unwrap(), CasOutcome::Won { version: 2 });
+        assert_eq!(
+            registry.compare_and_set("vm/1", Some(1), b"x").unwrap(),
+            CasOutcome::Lost(None)
+        );
+        assert_eq!(
+            registry.compare_and_set("vm/1", None, b"a").unwrap(),
+            CasOutcome::Won { version: 1 }
+        );
+        let there = Versioned {
+            version: 1,
+            value: b"a".to_vec(),
+        };
+        assert_eq!(
+            registry.compare_and_set("vm/1", None, b"b").unwrap(),
+            CasOutcome::Lost(Some(there))
+        );
+        assert_eq!(
+            registry.compare_and_set("vm/1", Some(1), b"b").unwrap(),
+            CasOutcome::Won { version: 2 }
+        );
         registry.compare_and_set("host/1", None, b"h").unwrap();
         let listed = open(dir.path()).list("vm/").unwrap();
-        assert_eq!(listed, [("vm/1".to_owned(), Versioned { version: 2, value: b"b".to_vec() })]);
+        assert_eq!(
+            listed,
+            [(
+                "vm/1".to_owned(),
+                Versioned {
+                    version: 2,
+                    value: b"b".to_vec()
+                }
+            )]
+        );
     }
 
     #[test]
@@ -232,7 +288,9 @@ mod tests {
                     for _ in 0..EACH {
                         loop {
                             let old = registry.read("n").unwrap();
-                            let n = old.as_ref().map_or(0, |v| u64::from_le_bytes(v.value[..].try_into().unwrap()));
+                            let n = old
+                                .as_ref()
+                                .map_or(0, |v| u64::from_le_bytes(v.value[..].try_into().unwrap()));
                             let version = old.map(|v| v.version);
                             let bytes = (n + 1).to_le_bytes();
                             if let CasOutcome::Won { .. } =
@@ -264,8 +322,15 @@ mod tests {
                 RegistryError::Unknown { .. } => assert_eq!(after.value, b"new", "{step:?}"),
             }
             let version = after.version;
-            let next = open(dir.path()).compare_and_set("k", Some(version), b"go on").unwrap();
-            assert_eq!(next, CasOutcome::Won { version: version + 1 });
+            let next = open(dir.path())
+                .compare_and_set("k", Some(version), b"go on")
+                .unwrap();
+            assert_eq!(
+                next,
+                CasOutcome::Won {
+                    version: version + 1
+                }
+            );
         }
     }
 
@@ -277,8 +342,14 @@ mod tests {
         let mut bytes = fs::read(registry.path()).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
         fs::write(registry.path(), bytes).unwrap();
-        let error = registry.compare_and_set("k", None, b"w").unwrap_err().to_string();
-        assert!(error.contains("damaged") && error.contains("checksum"), "{error}");
+        let error = registry
+            .compare_and_set("k", None, b"w")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("damaged") && error.contains("checksum"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -286,9 +357,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let holder = open(dir.path());
         let lock = holder.lock("test").unwrap();
-        let mut hurried = FileRegistry::new(dir.path(), FileRegistryOptions { lock_wait: Duration::ZERO });
+        let mut hurried = FileRegistry::new(
+            dir.path(),
+            FileRegistryOptions {
+                lock_wait: Duration::ZERO,
+            },
+        );
         let error = hurried.read("k").unwrap_err();
-        assert!(matches!(error, RegistryError::NotDone { .. }) && error.to_string().contains("locked"));
+        assert!(
+            matches!(error, RegistryError::NotDone { .. }) && error.to_string().contains("locked")
+        );
         drop(lock);
         assert_eq!(hurried.read("k").unwrap(), None);
     }

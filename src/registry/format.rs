@@ -81,7 +81,8 @@ pub(super) fn encode(entries: &Entries) -> Result<Vec<u8>, BadRegistryFile> {
         return Err(too_big("number of keys", entries.len(), ENTRIES_MAX));
     }
     let mut payload = Vec::new();
-    let count = u32::try_from(entries.len()).map_err(|_| too_big("number of keys", entries.len(), ENTRIES_MAX))?;
+    let count = u32::try_from(entries.len())
+        .map_err(|_| too_big("number of keys", entries.len(), ENTRIES_MAX))?;
     payload.extend_from_slice(&count.to_le_bytes());
     for (key, entry) in entries {
         let key_len = u16::try_from(key.len())
@@ -105,7 +106,11 @@ pub(super) fn encode(entries: &Entries) -> Result<Vec<u8>, BadRegistryFile> {
     file.extend_from_slice(&MAGIC);
     file.extend_from_slice(&VERSION.to_le_bytes());
     file.extend_from_slice(&crc32fast::hash(&payload).to_le_bytes());
-    file.extend_from_slice(&u64::try_from(payload.len()).unwrap_or(u64::MAX).to_le_bytes());
+    file.extend_from_slice(
+        &u64::try_from(payload.len())
+            .unwrap_or(u64::MAX)
+            .to_le_bytes(),
+    );
     file.extend_from_slice(&payload);
     Ok(file)
 }
@@ -122,7 +127,10 @@ impl<'a> Cursor<'a> {
         let taken = self
             .bytes
             .get(self.at..need)
-            .ok_or(BadRegistryFile::Short { have: self.bytes.len(), need })?;
+            .ok_or(BadRegistryFile::Short {
+                have: self.bytes.len(),
+                need,
+            })?;
         self.at = need;
         Ok(taken)
     }
@@ -161,21 +169,38 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Entries, BadRegistryFile> {
     if found != said {
         return Err(BadRegistryFile::Crc { found, said });
     }
-    let mut body = Cursor { bytes: payload, at: 0 };
-    let count = capped("number of keys", u32::from_le_bytes(body.array()?).into(), ENTRIES_MAX)?;
+    let mut body = Cursor {
+        bytes: payload,
+        at: 0,
+    };
+    let count = capped(
+        "number of keys",
+        u32::from_le_bytes(body.array()?).into(),
+        ENTRIES_MAX,
+    )?;
     let mut entries = Entries::new();
     for _ in 0..count {
-        let key_len = capped("key length", u16::from_le_bytes(body.array()?).into(), KEY_BYTES_MAX)?;
+        let key_len = capped(
+            "key length",
+            u16::from_le_bytes(body.array()?).into(),
+            KEY_BYTES_MAX,
+        )?;
         let key = std::str::from_utf8(body.take(key_len)?)
             .map_err(|_| BadRegistryFile::Nonsense("a key is not UTF-8"))?;
         let version = u64::from_le_bytes(body.array()?);
-        let value_len =
-            capped("value length", u32::from_le_bytes(body.array()?).into(), VALUE_BYTES_MAX)?;
+        let value_len = capped(
+            "value length",
+            u32::from_le_bytes(body.array()?).into(),
+            VALUE_BYTES_MAX,
+        )?;
         let value = body.take(value_len)?.to_vec();
         if version == 0 {
             return Err(BadRegistryFile::Nonsense("a key is at version 0"));
         }
-        if entries.last_key_value().is_some_and(|(last, _)| last.as_str() >= key) {
+        if entries
+            .last_key_value()
+            .is_some_and(|(last, _)| last.as_str() >= key)
+        {
             return Err(BadRegistryFile::Nonsense("its keys are out of order"));
         }
         entries.insert(key.to_owned(), Versioned { version, value });
@@ -193,8 +218,20 @@ mod tests {
 
     fn sample() -> Entries {
         Entries::from([
-            ("a".to_owned(), Versioned { version: 1, value: b"x".to_vec() }),
-            ("b/c".to_owned(), Versioned { version: 9, value: vec![7; 300] }),
+            (
+                "a".to_owned(),
+                Versioned {
+                    version: 1,
+                    value: b"x".to_vec(),
+                },
+            ),
+            (
+                "b/c".to_owned(),
+                Versioned {
+                    version: 9,
+                    value: vec![7; 300],
+                },
+            ),
         ])
     }
 

@@ -51,7 +51,9 @@ pub enum RegistryError {
         why: String,
     },
     /// The write may have happened, or may yet happen: read to find out.
-    #[error("registry {place}: it is not known whether {what} happened: {why}; read the key to find out")]
+    #[error(
+        "registry {place}: it is not known whether {what} happened: {why}; read the key to find out"
+    )]
     Unknown {
         /// Which registry (a path or an address).
         place: String,

@@ -167,7 +167,11 @@ impl Primary {
             state: self.state,
             generation: self.generation,
             partner: self.partner.clone(),
-            epoch: if self.state.holds_output() { self.last_cut.next() } else { Epoch(0) },
+            epoch: if self.state.holds_output() {
+                self.last_cut.next()
+            } else {
+                Epoch(0)
+            },
             committed: self.committed,
             lag,
             mirrored: named && lag.is_some_and(|lag| lag < self.config.timing.lag_alarm),
@@ -228,10 +232,19 @@ impl Primary {
             PrimaryInput::OutputWaiting => self.schedule.output_waiting(self.now),
             PrimaryInput::Pressure(_) => self.schedule.pressure(),
             PrimaryInput::GuestBusy { permille } => self.schedule.guest_busy(permille),
-            PrimaryInput::CutDone { epoch, pause, pages, .. } => self.cut_done(epoch, pause, pages),
+            PrimaryInput::CutDone {
+                epoch,
+                pause,
+                pages,
+                ..
+            } => self.cut_done(epoch, pause, pages),
             PrimaryInput::CutFailed { epoch, reason } => self.cut_failed(epoch, &reason),
             PrimaryInput::Sent { epoch } => {
-                for flight in self.in_flight.iter_mut().filter(|flight| flight.epoch == epoch) {
+                for flight in self
+                    .in_flight
+                    .iter_mut()
+                    .filter(|flight| flight.epoch == epoch)
+                {
                     flight.sent_at = self.now;
                 }
             }
@@ -241,7 +254,9 @@ impl Primary {
                 }
             }
             PrimaryInput::Acked { generation, epoch } => self.acked(generation, epoch),
-            PrimaryInput::ClaimResult { ticket, outcome } => self.registry_answered(ticket, outcome),
+            PrimaryInput::ClaimResult { ticket, outcome } => {
+                self.registry_answered(ticket, outcome)
+            }
             PrimaryInput::SelfStalled { .. } => self.stalled(),
             PrimaryInput::GuestDied { reason } => self.guest_died(reason),
             PrimaryInput::GuestShutdown => self.guest_shutdown(),
@@ -251,19 +266,27 @@ impl Primary {
     // ---- operator ----
 
     fn refuse(&mut self, what: &'static str, reason: impl Into<String>) {
-        self.actions
-            .push_back(PrimaryAction::Alert(Alert::Refused { what, reason: reason.into() }));
+        self.actions.push_back(PrimaryAction::Alert(Alert::Refused {
+            what,
+            reason: reason.into(),
+        }));
     }
 
     fn protect(&mut self, partner: HostName) {
         if self.state != PrimaryState::Solo {
-            return self.refuse("protect", format!("the VM is not solo but {:?}", self.state));
+            return self.refuse(
+                "protect",
+                format!("the VM is not solo but {:?}", self.state),
+            );
         }
         if partner == self.config.me {
             return self.refuse("protect", "the partner must be another host");
         }
         if self.peer == Verdict::Lost || self.link_down_since.is_some() {
-            return self.refuse("protect", format!("host {partner} cannot be reached; mend the link first"));
+            return self.refuse(
+                "protect",
+                format!("host {partner} cannot be reached; mend the link first"),
+            );
         }
         self.partner = Some(partner);
         self.last_reason = None;
@@ -279,7 +302,10 @@ impl Primary {
             }
             S::Mirrored if self.probe.is_none() => self.probe = Some(Wish::Unprotect),
             S::Claiming => {}
-            _ => self.refuse("unprotect", format!("the VM is {:?}; ask again", self.state)),
+            _ => self.refuse(
+                "unprotect",
+                format!("the VM is {:?}; ask again", self.state),
+            ),
         }
     }
 
@@ -287,7 +313,13 @@ impl Primary {
         if self.state == PrimaryState::Mirrored && self.probe.is_none() {
             self.probe = Some(Wish::Switchover);
         } else {
-            self.refuse("switchover", format!("the VM is not mirrored but {:?}; protect it first", self.state));
+            self.refuse(
+                "switchover",
+                format!(
+                    "the VM is not mirrored but {:?}; protect it first",
+                    self.state
+                ),
+            );
         }
     }
 
@@ -316,20 +348,28 @@ impl Primary {
 
     fn guest_died(&mut self, reason: String) {
         if self.state.holds_output() {
-            self.actions.push_back(PrimaryAction::TellGone { reason: reason.clone() });
+            self.actions.push_back(PrimaryAction::TellGone {
+                reason: reason.clone(),
+            });
         } else if self.state == PrimaryState::Seeding {
-            self.actions.push_back(PrimaryAction::EndSeeding { reason: reason.clone() });
+            self.actions.push_back(PrimaryAction::EndSeeding {
+                reason: reason.clone(),
+            });
             self.actions.push_back(PrimaryAction::DismissStandby);
         } else if self.state == PrimaryState::Preparing {
             self.actions.push_back(PrimaryAction::DismissStandby);
         }
-        self.actions.push_back(PrimaryAction::Alert(Alert::GuestGone { reason }));
+        self.actions
+            .push_back(PrimaryAction::Alert(Alert::GuestGone { reason }));
         self.stand_down(PrimaryEnd::GuestGone);
     }
 
     fn guest_shutdown(&mut self) {
         use PrimaryState as S;
-        if matches!(self.state, S::Reserving | S::Preparing | S::Seeding | S::FirstEpoch) {
+        if matches!(
+            self.state,
+            S::Reserving | S::Preparing | S::Seeding | S::FirstEpoch
+        ) {
             self.abort_attempt("the guest shut down".into());
         }
         self.retry_at = self.now;
@@ -360,7 +400,10 @@ impl Primary {
         if stay_stopped {
             self.last_epoch = Some(epoch);
         }
-        self.actions.push_back(PrimaryAction::Cut { epoch, stay_stopped });
+        self.actions.push_back(PrimaryAction::Cut {
+            epoch,
+            stay_stopped,
+        });
     }
 
     fn cut_done(&mut self, epoch: Epoch, pause: Micros, pages: u64) {
@@ -370,7 +413,9 @@ impl Primary {
             }
             return;
         }
-        let Some((cutting, cut_at)) = self.cutting else { return };
+        let Some((cutting, cut_at)) = self.cutting else {
+            return;
+        };
         if cutting != epoch {
             return;
         }
@@ -379,9 +424,16 @@ impl Primary {
         self.last_cut = epoch;
         self.guest_stopped = self.last_epoch == Some(epoch);
         self.schedule.cut_done(self.now, pause, pages);
-        self.in_flight.push_back(InFlight { epoch, cut_at, sent_at: cut_at });
+        self.in_flight.push_back(InFlight {
+            epoch,
+            cut_at,
+            sent_at: cut_at,
+        });
         if sabotaged(Bug::ReleaseBeforeAck) && self.state == PrimaryState::Mirrored {
-            self.actions.push_back(PrimaryAction::Release { through: epoch, until: Micros::MAX });
+            self.actions.push_back(PrimaryAction::Release {
+                through: epoch,
+                until: Micros::MAX,
+            });
         }
         if let Some(early) = self.early_ack.take() {
             self.acked(self.generation, early);
@@ -389,7 +441,9 @@ impl Primary {
     }
 
     fn cut_failed(&mut self, epoch: Epoch, reason: &str) {
-        if self.stray_cut.take().is_some() || self.cutting.map(|(cutting, _)| cutting) != Some(epoch) {
+        if self.stray_cut.take().is_some()
+            || self.cutting.map(|(cutting, _)| cutting) != Some(epoch)
+        {
             return;
         }
         self.cutting = None;
@@ -397,16 +451,23 @@ impl Primary {
         self.early_ack = None;
         self.schedule.cut_failed(self.now);
         self.actions
-            .push_back(PrimaryAction::Alert(Alert::CheckpointFailed { reason: reason.to_owned() }));
+            .push_back(PrimaryAction::Alert(Alert::CheckpointFailed {
+                reason: reason.to_owned(),
+            }));
         if self.last_epoch == Some(epoch) {
             self.last_epoch = None;
             if self.state == PrimaryState::LastEpoch {
                 self.become_(PrimaryState::Mirrored);
-                self.refuse("switchover", format!("the last checkpoint failed: {reason}"));
+                self.refuse(
+                    "switchover",
+                    format!("the last checkpoint failed: {reason}"),
+                );
             }
         }
         if self.cut_failures >= CUT_FAILURES_MAX {
-            self.mirror_broken(format!("{CUT_FAILURES_MAX} checkpoints failed in a row: {reason}"));
+            self.mirror_broken(format!(
+                "{CUT_FAILURES_MAX} checkpoints failed in a row: {reason}"
+            ));
         }
     }
 
@@ -421,9 +482,13 @@ impl Primary {
             if self.cutting.map(|(cutting, _)| cutting) == Some(epoch) {
                 self.early_ack = Some(epoch);
             } else if !sabotaged(Bug::GenerationNotCompared) {
-                self.actions.push_back(PrimaryAction::Alert(Alert::PartnerConfused {
-                    reason: format!("acknowledged epoch {epoch}, the newest cut is {}", self.last_cut),
-                }));
+                self.actions
+                    .push_back(PrimaryAction::Alert(Alert::PartnerConfused {
+                        reason: format!(
+                            "acknowledged epoch {epoch}, the newest cut is {}",
+                            self.last_cut
+                        ),
+                    }));
             }
             return;
         }
@@ -466,8 +531,15 @@ impl Primary {
 
     fn release(&mut self) {
         self.released = self.committed;
-        let until = if sabotaged(Bug::StaleAckAccepted) { Micros::MAX } else { self.fresh_until };
-        self.actions.push_back(PrimaryAction::Release { through: self.committed, until });
+        let until = if sabotaged(Bug::StaleAckAccepted) {
+            Micros::MAX
+        } else {
+            self.fresh_until
+        };
+        self.actions.push_back(PrimaryAction::Release {
+            through: self.committed,
+            until,
+        });
     }
 
     // ---- leaving ----
@@ -487,7 +559,9 @@ impl Primary {
         use PrimaryState as S;
         let before = self.state;
         if before == S::Seeding {
-            self.actions.push_back(PrimaryAction::EndSeeding { reason: reason.clone() });
+            self.actions.push_back(PrimaryAction::EndSeeding {
+                reason: reason.clone(),
+            });
         }
         if before == S::FirstEpoch {
             self.go_solo();
@@ -503,7 +577,8 @@ impl Primary {
     pub(super) fn not_mirrored(&mut self, reason: String) {
         self.partner = None;
         self.last_reason = Some(reason.clone());
-        self.actions.push_back(PrimaryAction::Alert(Alert::NotMirrored { reason }));
+        self.actions
+            .push_back(PrimaryAction::Alert(Alert::NotMirrored { reason }));
     }
 
     fn begin_claim(&mut self, reason: String) {
@@ -523,7 +598,9 @@ impl Primary {
         if self.state != PrimaryState::Ending {
             self.become_(PrimaryState::Solo);
         }
-        self.actions.push_back(PrimaryAction::GoSolo { generation: self.generation });
+        self.actions.push_back(PrimaryAction::GoSolo {
+            generation: self.generation,
+        });
         self.resume();
         if let Some((epoch, _)) = self.cutting.take() {
             self.stray_cut = Some(self.last_epoch == Some(epoch));
@@ -544,7 +621,8 @@ impl Primary {
     }
 
     pub(super) fn depose(&mut self, by: HostName) {
-        self.actions.push_back(PrimaryAction::Alert(Alert::Deposed { by: by.clone() }));
+        self.actions
+            .push_back(PrimaryAction::Alert(Alert::Deposed { by: by.clone() }));
         self.stand_down(PrimaryEnd::Deposed { by });
     }
 
@@ -578,7 +656,10 @@ impl Primary {
         self.generation = self.record.value.generation;
         self.prepare_until = self.now + PREPARE_PATIENCE;
         self.become_(PrimaryState::Preparing);
-        self.actions.push_back(PrimaryAction::PrepareStandby { partner, generation: self.generation });
+        self.actions.push_back(PrimaryAction::PrepareStandby {
+            partner,
+            generation: self.generation,
+        });
     }
 
     // ---- after every input ----
@@ -598,7 +679,9 @@ impl Primary {
         if self.may_cut() {
             match self.state {
                 S::LastEpoch if self.in_flight.is_empty() => self.cut(true),
-                S::FirstEpoch | S::Mirrored if self.schedule.next_cut() <= self.now => self.cut(false),
+                S::FirstEpoch | S::Mirrored if self.schedule.next_cut() <= self.now => {
+                    self.cut(false)
+                }
                 _ => {}
             }
         }
@@ -639,12 +722,14 @@ impl Primary {
             return Some("the partner made no standby ready in time".into());
         }
         let oldest = self.in_flight.front()?;
-        (self.state.holds_output() && self.now.since(oldest.sent_at) >= timing.ack_overdue)
+        (self.state.holds_output() && self.now.since(oldest.cut_at) >= timing.ack_overdue)
             .then(|| format!("epoch {} was not acknowledged in time", oldest.epoch))
     }
 
     fn lag(&self, now: Micros) -> Option<Micros> {
-        let since = self.committed_cut_at.filter(|_| self.state.holds_output())?;
+        let since = self
+            .committed_cut_at
+            .filter(|_| self.state.holds_output())?;
         Some(now.since(since))
     }
 
@@ -655,7 +740,8 @@ impl Primary {
         };
         let lagging = lag >= self.config.timing.lag_alarm;
         if lagging && !self.lag_alerted {
-            self.actions.push_back(PrimaryAction::Alert(Alert::Lagging { lag }));
+            self.actions
+                .push_back(PrimaryAction::Alert(Alert::Lagging { lag }));
         }
         self.lag_alerted = lagging;
     }
@@ -684,7 +770,7 @@ impl Primary {
             at = at.min(bound.max(self.now + Micros(1000)));
         }
         if let Some(oldest) = self.in_flight.front() {
-            at = at.min((oldest.sent_at + timing.ack_overdue).max(self.now + Micros(1000)));
+            at = at.min((oldest.cut_at + timing.ack_overdue).max(self.now + Micros(1000)));
         }
         if self.may_cut() && matches!(self.state, S::FirstEpoch | S::Mirrored) {
             at = at.min(self.schedule.next_cut());

@@ -9,7 +9,8 @@ use super::machine::{Pending, Primary, Purpose};
 use super::{PrimaryAction, PrimaryEnd, PrimaryState};
 use crate::mirror::sabotage::{Bug, sabotaged};
 use crate::mirror::{
-    Alert, ClaimOutcome, Micros, REGISTRY_RETRY_MAX, REGISTRY_RETRY_MIN, Ticket, Versioned, VmRecord,
+    Alert, ClaimOutcome, Micros, REGISTRY_RETRY_MAX, REGISTRY_RETRY_MIN, Ticket, Versioned,
+    VmRecord,
 };
 
 impl Primary {
@@ -33,15 +34,26 @@ impl Primary {
         if self.op.is_some() || self.now < self.retry_at {
             return;
         }
-        let Some(purpose) = self.wanted_purpose() else { return };
+        let Some(purpose) = self.wanted_purpose() else {
+            return;
+        };
         let ticket = Ticket(self.next_ticket);
         self.next_ticket += 1;
         let wanted = self.wanted_record(purpose);
         self.actions.push_back(match wanted.clone() {
             None => PrimaryAction::ReadRecord { ticket },
-            Some(value) => PrimaryAction::Claim { ticket, expected: self.record.version, value },
+            Some(value) => PrimaryAction::Claim {
+                ticket,
+                expected: self.record.version,
+                value,
+            },
         });
-        self.op = Some(Pending { ticket, purpose, wanted, stalls: self.stalls });
+        self.op = Some(Pending {
+            ticket,
+            purpose,
+            wanted,
+            stalls: self.stalls,
+        });
     }
 
     /// What a claim would write; `None` for a read.
@@ -64,10 +76,17 @@ impl Primary {
     }
 
     pub(super) fn registry_answered(&mut self, ticket: Ticket, outcome: ClaimOutcome) {
-        let Some(op) = self.op.take_if(|op| op.ticket == ticket) else { return };
+        let Some(op) = self.op.take_if(|op| op.ticket == ticket) else {
+            return;
+        };
         match outcome {
-            ClaimOutcome::Unreachable { .. } if sabotaged(Bug::UnknownIsWon) && op.wanted.is_some() => {
-                let value = op.wanted.clone().unwrap_or_else(|| self.record.value.clone());
+            ClaimOutcome::Unreachable { .. }
+                if sabotaged(Bug::UnknownIsWon) && op.wanted.is_some() =>
+            {
+                let value = op
+                    .wanted
+                    .clone()
+                    .unwrap_or_else(|| self.record.value.clone());
                 let version = self.record.version + 1;
                 self.won(op.purpose, Versioned { version, value });
             }
@@ -77,7 +96,8 @@ impl Primary {
                 self.won(op.purpose, record);
             }
             ClaimOutcome::Lost(None) => {
-                self.actions.push_back(PrimaryAction::Alert(Alert::RecordMissing));
+                self.actions
+                    .push_back(PrimaryAction::Alert(Alert::RecordMissing));
                 self.unreachable(op.purpose, "the VM's record is missing".into());
             }
             ClaimOutcome::Lost(Some(found)) => {
@@ -104,8 +124,11 @@ impl Primary {
                     super::machine::Wish::Switchover => "switchover",
                 };
                 self.probe = None;
-                let reason = format!("the registry cannot be reached: {reason}; try again when it can");
-                return self.actions.push_back(PrimaryAction::Alert(Alert::Refused { what, reason }));
+                let reason =
+                    format!("the registry cannot be reached: {reason}; try again when it can");
+                return self
+                    .actions
+                    .push_back(PrimaryAction::Alert(Alert::Refused { what, reason }));
             }
             Purpose::Reserve => {
                 if self.state == PrimaryState::Reserving {
@@ -113,12 +136,18 @@ impl Primary {
                 }
                 return;
             }
-            Purpose::Confirm | Purpose::HandOver | Purpose::Solo | Purpose::End | Purpose::Verify => {}
+            Purpose::Confirm
+            | Purpose::HandOver
+            | Purpose::Solo
+            | Purpose::End
+            | Purpose::Verify => {}
         }
         if !self.unreachable_alerted {
             self.unreachable_alerted = true;
             self.actions
-                .push_back(PrimaryAction::Alert(Alert::RegistryUnreachable { reason: reason.clone() }));
+                .push_back(PrimaryAction::Alert(Alert::RegistryUnreachable {
+                    reason: reason.clone(),
+                }));
         }
         // Solo, the registry has no say in whether the VM runs; ending, nothing runs.
         if self.state.holds_output() && !self.holding_still {
@@ -169,10 +198,14 @@ impl Primary {
         }
         let mine = self.record.value.generation;
         if found.value.generation < mine {
-            self.actions.push_back(PrimaryAction::Alert(Alert::RecordMissing));
+            self.actions
+                .push_back(PrimaryAction::Alert(Alert::RecordMissing));
             return self.unreachable(
                 op.purpose,
-                format!("the record went back to generation {}", found.value.generation),
+                format!(
+                    "the record went back to generation {}",
+                    found.value.generation
+                ),
             );
         }
         if found.value.generation > mine.next() {

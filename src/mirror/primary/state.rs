@@ -43,7 +43,10 @@ pub const PRIMARY_TRANSITIONS: &[(PrimaryState, &[PrimaryState])] = &[
     (FirstEpoch, &[Confirming, Solo, Ending, StoodDown]),
     (Confirming, &[Mirrored, Claiming, Ending, StoodDown]),
     (Mirrored, &[LastEpoch, Claiming, Ending, StoodDown]),
-    (LastEpoch, &[HandingOver, Mirrored, Claiming, Ending, StoodDown]),
+    (
+        LastEpoch,
+        &[HandingOver, Mirrored, Claiming, Ending, StoodDown],
+    ),
     (HandingOver, &[Claiming, Ending, StoodDown]),
     (Claiming, &[Solo, Ending, StoodDown]),
     (Ending, &[StoodDown]),
@@ -63,6 +66,9 @@ impl PrimaryState {
     /// Whether output is held apart until its epoch commits.
     #[must_use]
     pub const fn holds_output(self) -> bool {
-        matches!(self, FirstEpoch | Confirming | Mirrored | LastEpoch | HandingOver | Claiming)
+        matches!(
+            self,
+            FirstEpoch | Confirming | Mirrored | LastEpoch | HandingOver | Claiming
+        )
     }
 }

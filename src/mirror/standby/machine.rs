@@ -3,8 +3,8 @@
 use super::{StandbyAction, StandbyConfig, StandbyEnd, StandbyInput, StandbyState, StandbyStatus};
 use crate::mirror::sabotage::{Bug, sabotaged};
 use crate::mirror::{
-    Alert, ClaimOutcome, Micros, ORPHAN_PATIENCE, REGISTRY_RETRY_MAX, REGISTRY_RETRY_MIN,
-    SILENCE_BOUND, Ticket, Verdict, Versioned, VmRecord,
+    APPLY_BACKLOG_MAX, Alert, ClaimOutcome, Micros, ORPHAN_PATIENCE, REGISTRY_RETRY_MAX,
+    REGISTRY_RETRY_MIN, SILENCE_BOUND, Ticket, Verdict, Versioned, VmRecord,
 };
 use crate::pool::{Epoch, Generation};
 use std::collections::{BTreeSet, VecDeque};
@@ -51,6 +51,8 @@ pub struct Standby {
     retry_at: Micros,
     backoff: Micros,
     silence_at: Micros,
+    /// When an epoch last came, or this side last woke from a freeze.
+    last_epoch_at: Micros,
     unreachable_alerted: bool,
     actions: VecDeque<StandbyAction>,
     promised_wakeup: Micros,
@@ -80,6 +82,7 @@ impl Standby {
             retry_at: now,
             backoff: REGISTRY_RETRY_MIN,
             silence_at: now + SILENCE_BOUND,
+            last_epoch_at: now,
             unreachable_alerted: false,
             actions: VecDeque::new(),
             promised_wakeup: Micros::MAX,
@@ -107,7 +110,9 @@ impl Standby {
 
     fn generation(&self) -> Generation {
         match (self.state, &self.record) {
-            (StandbyState::Promoting | StandbyState::Promoted, Some(record)) => record.value.generation,
+            (StandbyState::Promoting | StandbyState::Promoted, Some(record)) => {
+                record.value.generation
+            }
             _ => self.config.generation,
         }
     }
@@ -144,7 +149,9 @@ impl Standby {
             | StandbyInput::StandbyGuestDied { reason }
             | StandbyInput::PromotionFailed { reason } => {
                 self.actions
-                    .push_back(StandbyAction::Alert(Alert::GuestGone { reason: reason.clone() }));
+                    .push_back(StandbyAction::Alert(Alert::GuestGone {
+                        reason: reason.clone(),
+                    }));
                 self.stand_down(StandbyEnd::Broken { reason });
             }
             StandbyInput::EpochWhole { generation, epoch } => self.epoch_whole(generation, epoch),
@@ -153,6 +160,7 @@ impl Standby {
                 if self.applying && epoch == self.applied.next() {
                     self.applying = false;
                     self.applied = epoch;
+                    self.acknowledge();
                 }
             }
             StandbyInput::MirrorConfirmed { generation, .. } => {
@@ -170,7 +178,9 @@ impl Standby {
                     self.stand_down(StandbyEnd::Dismissed);
                 }
             }
-            StandbyInput::ClaimResult { ticket, outcome } => self.registry_answered(ticket, outcome),
+            StandbyInput::ClaimResult { ticket, outcome } => {
+                self.registry_answered(ticket, outcome)
+            }
             StandbyInput::Promoted if self.state == S::Promoting && self.promote_asked => {
                 self.become_(S::Promoted);
             }
@@ -182,6 +192,7 @@ impl Standby {
     /// Frozen: silence heard meanwhile is this side's own. The primary gets its head start anew.
     fn stalled(&mut self) {
         self.suspect_since = self.now;
+        self.last_epoch_at = self.now;
     }
 
     // ---- epochs ----
@@ -191,24 +202,41 @@ impl Standby {
             return;
         }
         self.silence_at = self.now + SILENCE_BOUND;
+        self.last_epoch_at = self.now;
         if epoch <= self.acked {
             return self.ack(self.acked);
         }
         let window = u64::try_from(self.config.max_in_flight.max(1)).unwrap_or(u64::MAX);
         if epoch.0 - self.acked.0 > window {
-            let reason = format!("sent epoch {epoch}, the newest acknowledged is {}", self.acked);
-            return self.actions.push_back(StandbyAction::Alert(Alert::PartnerConfused { reason }));
+            let reason = format!(
+                "sent epoch {epoch}, the newest acknowledged is {}",
+                self.acked
+            );
+            return self
+                .actions
+                .push_back(StandbyAction::Alert(Alert::PartnerConfused { reason }));
         }
         self.whole.insert(epoch);
+        self.acknowledge();
+        if sabotaged(Bug::AckBeforeWhole) {
+            self.actions.push_back(StandbyAction::Ack {
+                generation,
+                epoch: epoch.next(),
+            });
+        }
+    }
+
+    /// Acknowledge what is whole, in order, no further ahead of applying than allowed.
+    fn acknowledge(&mut self) {
+        if !self.state.acknowledges() {
+            return;
+        }
         let mut newest = self.acked;
-        while self.whole.remove(&newest.next()) {
+        while newest.0 - self.applied.0 < APPLY_BACKLOG_MAX && self.whole.remove(&newest.next()) {
             newest = newest.next();
         }
         if newest > self.acked {
             self.ack(newest);
-        }
-        if sabotaged(Bug::AckBeforeWhole) {
-            self.actions.push_back(StandbyAction::Ack { generation, epoch: newest.next() });
         }
     }
 
@@ -218,8 +246,10 @@ impl Standby {
         }
         self.acked = newest;
         self.last_ack_at = Some(self.now);
-        self.actions
-            .push_back(StandbyAction::Ack { generation: self.config.generation, epoch: newest });
+        self.actions.push_back(StandbyAction::Ack {
+            generation: self.config.generation,
+            epoch: newest,
+        });
     }
 
     fn epoch_bad(&mut self, epoch: Epoch, reason: &str) {
@@ -229,7 +259,9 @@ impl Standby {
         self.broken = true;
         let reason = format!("epoch {epoch} is bad: {reason}");
         self.actions
-            .push_back(StandbyAction::Alert(Alert::PartnerConfused { reason: reason.clone() }));
+            .push_back(StandbyAction::Alert(Alert::PartnerConfused {
+                reason: reason.clone(),
+            }));
         self.actions.push_back(StandbyAction::TellBroken { reason });
     }
 
@@ -266,12 +298,19 @@ impl Standby {
 
     fn handed_over(&mut self, epoch: Epoch) {
         use StandbyState as S;
-        if !matches!(self.state, S::Unconfirmed | S::Mirrored | S::Suspecting | S::Checking | S::Claiming) {
+        if !matches!(
+            self.state,
+            S::Unconfirmed | S::Mirrored | S::Suspecting | S::Checking | S::Claiming
+        ) {
             return;
         }
         if epoch != self.acked {
-            let reason = format!("handed over epoch {epoch}, the newest acknowledged is {}", self.acked);
-            self.actions.push_back(StandbyAction::Alert(Alert::PartnerConfused { reason }));
+            let reason = format!(
+                "handed over epoch {epoch}, the newest acknowledged is {}",
+                self.acked
+            );
+            self.actions
+                .push_back(StandbyAction::Alert(Alert::PartnerConfused { reason }));
         }
         // Its word is not the registry's: read.
         self.record = None;
@@ -281,6 +320,7 @@ impl Standby {
 
     fn begin_checking(&mut self) {
         self.suspect_since = self.now;
+        self.backoff = REGISTRY_RETRY_MIN;
         self.retry_at = self.now;
         self.become_(StandbyState::Checking);
     }
@@ -299,7 +339,8 @@ impl Standby {
             Standing::Behind
         } else if record.owner == self.config.me && record.generation > mine && record.running {
             Standing::Owner
-        } else if record.owner == self.config.primary && record.generation == mine && record.running {
+        } else if record.owner == self.config.primary && record.generation == mine && record.running
+        {
             match (&record.standby, named) {
                 (None, _) => Standing::NotYet,
                 (_, true) => Standing::Named,
@@ -328,10 +369,17 @@ impl Standby {
         }
         let ticket = Ticket(self.next_ticket);
         self.next_ticket += 1;
-        let claim = self.record.as_ref().filter(|_| self.state == StandbyState::Claiming);
+        let claim = self
+            .record
+            .as_ref()
+            .filter(|_| self.state == StandbyState::Claiming);
         let wanted = claim.map(|record| self.claimed(&record.value));
         let action = match (claim, wanted.clone()) {
-            (Some(record), Some(value)) => StandbyAction::Claim { ticket, expected: record.version, value },
+            (Some(record), Some(value)) => StandbyAction::Claim {
+                ticket,
+                expected: record.version,
+                value,
+            },
             _ => StandbyAction::ReadRecord { ticket },
         };
         self.silence_at = self.now + SILENCE_BOUND;
@@ -349,17 +397,25 @@ impl Standby {
     }
 
     fn registry_answered(&mut self, ticket: Ticket, outcome: ClaimOutcome) {
-        let Some((_, wanted)) = self.op.take_if(|(asked, _)| *asked == ticket) else { return };
+        let Some((_, wanted)) = self.op.take_if(|(asked, _)| *asked == ticket) else {
+            return;
+        };
         match outcome {
             ClaimOutcome::Won(record) => self.own(record),
-            ClaimOutcome::Unreachable { .. } if sabotaged(Bug::UnknownIsWon) && wanted.is_some() => {
+            ClaimOutcome::Unreachable { .. }
+                if sabotaged(Bug::UnknownIsWon) && wanted.is_some() =>
+            {
                 if let (Some(value), Some(record)) = (wanted, &self.record) {
-                    self.own(Versioned { version: record.version + 1, value });
+                    self.own(Versioned {
+                        version: record.version + 1,
+                        value,
+                    });
                 }
             }
             ClaimOutcome::Unreachable { reason } => self.unreachable(reason),
             ClaimOutcome::Lost(None) => {
-                self.actions.push_back(StandbyAction::Alert(Alert::RecordMissing));
+                self.actions
+                    .push_back(StandbyAction::Alert(Alert::RecordMissing));
                 self.record = None;
                 self.unreachable("the VM's record is missing".into());
             }
@@ -373,7 +429,8 @@ impl Standby {
         let matters = matches!(self.state, StandbyState::Claiming | StandbyState::Checking);
         if matters && !self.unreachable_alerted {
             self.unreachable_alerted = true;
-            self.actions.push_back(StandbyAction::Alert(Alert::RegistryUnreachable { reason }));
+            self.actions
+                .push_back(StandbyAction::Alert(Alert::RegistryUnreachable { reason }));
         }
     }
 
@@ -384,7 +441,10 @@ impl Standby {
         self.unreachable_alerted = false;
         match (self.standing(&found.value), self.state) {
             // Also the answer to a claim that landed although its first answer was lost.
-            (Standing::Owner, S::Unconfirmed | S::Mirrored | S::Suspecting | S::Checking | S::Claiming) => {
+            (
+                Standing::Owner,
+                S::Unconfirmed | S::Mirrored | S::Suspecting | S::Checking | S::Claiming,
+            ) => {
                 self.own(found);
             }
             (Standing::Named, state) => {
@@ -402,14 +462,15 @@ impl Standby {
             }
             (Standing::NotYet, S::Unconfirmed) => {}
             (Standing::NotYet, S::Checking) => {
-                if self.now.since(self.suspect_since) >= ORPHAN_PATIENCE {
+                if self.now.since(self.last_epoch_at) >= ORPHAN_PATIENCE {
                     let reason = "the primary was lost before the record named this host".into();
                     return self.stand_down(StandbyEnd::NotNamed { reason });
                 }
                 self.retry_at = self.now + self.backoff;
             }
             (Standing::Behind, _) => {
-                self.actions.push_back(StandbyAction::Alert(Alert::RecordMissing));
+                self.actions
+                    .push_back(StandbyAction::Alert(Alert::RecordMissing));
                 self.record = None;
                 self.unreachable("the record went back to an older generation".into());
             }
@@ -419,7 +480,11 @@ impl Standby {
                     "generation {} runs on {}, standby {}",
                     found.value.generation,
                     found.value.owner,
-                    found.value.standby.as_ref().map_or("none", |host| host.as_str()),
+                    found
+                        .value
+                        .standby
+                        .as_ref()
+                        .map_or("none", |host| host.as_str()),
                 );
                 self.stand_down(StandbyEnd::NotNamed { reason });
             }
@@ -462,6 +527,13 @@ impl Standby {
                 _ => {}
             }
         }
+        if self.now >= self.last_epoch_at + self.config.timing.silence_claim {
+            match self.state {
+                S::Unconfirmed => self.begin_checking(),
+                S::Mirrored => self.begin_claim(),
+                _ => {}
+            }
+        }
         if self.state == S::Suspecting && self.now >= self.claim_at() {
             self.begin_claim();
             if sabotaged(Bug::PromoteWithoutClaim) {
@@ -471,13 +543,18 @@ impl Standby {
                     standby: None,
                     running: true,
                 };
-                self.own(Versioned { version: 1, value: self.claimed(&base) });
+                self.own(Versioned {
+                    version: 1,
+                    value: self.claimed(&base),
+                });
             }
         }
         self.ask_registry();
         if self.state != S::StoodDown && !self.applying && self.applied < self.acked {
             self.applying = true;
-            self.actions.push_back(StandbyAction::Apply { epoch: self.applied.next() });
+            self.actions.push_back(StandbyAction::Apply {
+                epoch: self.applied.next(),
+            });
         }
         self.try_promote();
     }
@@ -495,13 +572,18 @@ impl Standby {
     }
 
     fn try_promote(&mut self) {
-        if self.state != StandbyState::Promoting || self.promote_asked || self.now < self.lease_over_at() {
+        if self.state != StandbyState::Promoting
+            || self.promote_asked
+            || self.now < self.lease_over_at()
+        {
             return;
         }
         if self.applied < self.acked && !sabotaged(Bug::PromoteBeforeApply) {
             return;
         }
-        let Some(record) = self.record.clone() else { return };
+        let Some(record) = self.record.clone() else {
+            return;
+        };
         self.promote_asked = true;
         self.actions.push_back(StandbyAction::Promote {
             generation: record.value.generation,
@@ -527,7 +609,11 @@ impl Standby {
 
     /// The only place that changes the state.
     fn become_(&mut self, next: StandbyState) {
-        debug_assert!(self.state.may_become(next), "illegal step {:?} -> {next:?}", self.state);
+        debug_assert!(
+            self.state.may_become(next),
+            "illegal step {:?} -> {next:?}",
+            self.state
+        );
         self.state = next;
     }
 }

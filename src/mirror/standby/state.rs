@@ -37,7 +37,17 @@ pub const STANDBY_TRANSITIONS: &[(StandbyState, &[StandbyState])] = &[
     (Unconfirmed, &[Mirrored, Checking, Claiming, StoodDown]),
     (Mirrored, &[Suspecting, Claiming, StoodDown]),
     (Suspecting, &[Mirrored, Claiming, StoodDown]),
-    (Checking, &[Unconfirmed, Mirrored, Suspecting, Claiming, Promoting, StoodDown]),
+    (
+        Checking,
+        &[
+            Unconfirmed,
+            Mirrored,
+            Suspecting,
+            Claiming,
+            Promoting,
+            StoodDown,
+        ],
+    ),
     (Claiming, &[Promoting, StoodDown]),
     (Promoting, &[Promoted, StoodDown]),
     (Promoted, &[]),
@@ -57,6 +67,9 @@ impl StandbyState {
     /// Whether epochs are still taken and acknowledged.
     #[must_use]
     pub const fn acknowledges(self) -> bool {
-        matches!(self, Seeding | Unconfirmed | Mirrored | Suspecting | Checking)
+        matches!(
+            self,
+            Seeding | Unconfirmed | Mirrored | Suspecting | Checking
+        )
     }
 }
