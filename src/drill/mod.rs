@@ -5,8 +5,13 @@
 //! was lost. [`client`] is the process outside, [`env`] what the drill needs from the
 //! product, [`report`] the pure part: logs in, verdict out.
 
+pub mod checks;
+pub mod client;
 pub mod env;
+pub mod log;
+pub mod stats;
 
+pub use client::client_main;
 pub use env::{DrillEnv, EnvError, Load, MonotonicNs, Service};
 
 use serde::{Deserialize, Serialize};
