@@ -37,7 +37,10 @@ pub struct NumberCheck {
 pub fn check_numbers(log: &ClientLog) -> NumberCheck {
     let mut numbers: Vec<u64> = log.answers.iter().map(|a| a.number).collect();
     numbers.sort_unstable();
-    let mut check = NumberCheck { answers: numbers.len() as u64, ..NumberCheck::default() };
+    let mut check = NumberCheck {
+        answers: numbers.len() as u64,
+        ..NumberCheck::default()
+    };
     let mut holes = 0;
     for pair in numbers.windows(2) {
         let (before, number) = (pair[0], pair[1]);
@@ -90,7 +93,12 @@ pub fn missing_on_disk(log: &ClientLog, disk: &DiskRecords) -> Vec<u64> {
         let after = disk.ranges.partition_point(|&(first, _)| first <= number);
         after > 0 && disk.ranges[after - 1].1 >= number
     };
-    let missing: BTreeSet<u64> = log.answers.iter().map(|a| a.number).filter(|&n| !on_disk(n)).collect();
+    let missing: BTreeSet<u64> = log
+        .answers
+        .iter()
+        .map(|a| a.number)
+        .filter(|&n| !on_disk(n))
+        .collect();
     missing.into_iter().collect()
 }
 
@@ -132,14 +140,21 @@ pub fn longest_gap(answers: &[Answer], from: MonotonicNs, to: MonotonicNs) -> Op
 /// Clients that have no answer to a request of theirs after this instant.
 #[must_use]
 pub fn silent_since(answers: &[Answer], clients: u16, since: MonotonicNs) -> u64 {
-    let heard: BTreeSet<u16> = answers.iter().filter(|a| a.answered_ns > since).map(|a| a.client).collect();
+    let heard: BTreeSet<u16> = answers
+        .iter()
+        .filter(|a| a.answered_ns > since)
+        .map(|a| a.client)
+        .collect();
     u64::from(clients).saturating_sub(heard.len() as u64)
 }
 
 fn answer_times(answers: &[Answer]) -> BTreeMap<u16, Vec<MonotonicNs>> {
     let mut times: BTreeMap<u16, Vec<MonotonicNs>> = BTreeMap::new();
     for answer in answers {
-        times.entry(answer.client).or_default().push(answer.answered_ns);
+        times
+            .entry(answer.client)
+            .or_default()
+            .push(answer.answered_ns);
     }
     times.values_mut().for_each(|t| t.sort_unstable());
     times
@@ -158,7 +173,13 @@ pub(crate) mod tests {
             answered_ns: MonotonicNs(i * 1_000_000 + 500_000),
             number: 100 + i,
         });
-        ClientLog { clients, answers: answers.collect(), ups: clients.into(), ended: true, ..ClientLog::default() }
+        ClientLog {
+            clients,
+            answers: answers.collect(),
+            ups: clients.into(),
+            ended: true,
+            ..ClientLog::default()
+        }
     }
 
     #[test]
@@ -166,7 +187,13 @@ pub(crate) mod tests {
         let mut log = healthy(4, 100);
         log.answers.reverse();
         let check = check_numbers(&log);
-        assert_eq!(check, NumberCheck { answers: 100, ..NumberCheck::default() });
+        assert_eq!(
+            check,
+            NumberCheck {
+                answers: 100,
+                ..NumberCheck::default()
+            }
+        );
         assert_eq!(check_numbers(&ClientLog::default()), NumberCheck::default());
     }
 
@@ -174,7 +201,10 @@ pub(crate) mod tests {
     fn a_lost_answer_is_seen_unless_its_connection_broke() {
         let mut log = healthy(1, 100);
         log.answers.remove(50);
-        assert_eq!((check_numbers(&log).lost, check_numbers(&log).examples), (1, vec![150]));
+        assert_eq!(
+            (check_numbers(&log).lost, check_numbers(&log).examples),
+            (1, vec![150])
+        );
         log.broken.push((0, MonotonicNs(1), 50, "reset".into()));
         assert_eq!(check_numbers(&log).lost, 0);
         log.answers.remove(60);
@@ -197,11 +227,18 @@ pub(crate) mod tests {
             answer.number = 140 + i as u64;
         }
         let check = check_numbers(&log);
-        assert_eq!((check.repeated, check.went_back), (20, 19), "140 to 158 are below 159");
+        assert_eq!(
+            (check.repeated, check.went_back),
+            (20, 19),
+            "140 to 158 are below 159"
+        );
         // Without any number twice it is still seen: two answers swapped in time.
         let mut log = healthy(1, 80);
         (log.answers[60].number, log.answers[61].number) = (161, 160);
-        assert_eq!((check_numbers(&log).repeated, check_numbers(&log).went_back), (0, 1));
+        assert_eq!(
+            (check_numbers(&log).repeated, check_numbers(&log).went_back),
+            (0, 1)
+        );
     }
 
     #[test]
@@ -213,16 +250,25 @@ pub(crate) mod tests {
             answered_ns: MonotonicNs(answered),
             number,
         };
-        let log = ClientLog { answers: vec![at(0, 1, 5, 2), at(1, 2, 9, 1)], ..ClientLog::default() };
+        let log = ClientLog {
+            answers: vec![at(0, 1, 5, 2), at(1, 2, 9, 1)],
+            ..ClientLog::default()
+        };
         assert_eq!(check_numbers(&log).went_back, 0);
     }
 
     #[test]
     fn an_acknowledged_record_that_is_not_on_the_disk_is_named() {
         let log = healthy(1, 10);
-        let disk = |ranges: &[(u64, u64)]| DiskRecords { ranges: ranges.to_vec(), damaged: 0 };
+        let disk = |ranges: &[(u64, u64)]| DiskRecords {
+            ranges: ranges.to_vec(),
+            damaged: 0,
+        };
         assert!(missing_on_disk(&log, &disk(&[(0, 50), (99, 200)])).is_empty());
-        assert_eq!(missing_on_disk(&log, &disk(&[(100, 103), (105, 108)])), [104, 109]);
+        assert_eq!(
+            missing_on_disk(&log, &disk(&[(100, 103), (105, 108)])),
+            [104, 109]
+        );
         assert_eq!(missing_on_disk(&log, &disk(&[])).len(), 10);
     }
 
@@ -230,14 +276,35 @@ pub(crate) mod tests {
     fn the_gap_is_the_worst_client_s_and_a_silent_one_counts() {
         let mut log = healthy(2, 100);
         // Client 1 hears nothing from 51.5 ms to 81.5 ms.
-        log.answers.retain(|a| a.client == 0 || !(52_000_000..81_000_000).contains(&a.answered_ns.0));
-        let gap = longest_gap(&log.answers, MonotonicNs(50_000_000), MonotonicNs(90_000_000)).unwrap();
+        log.answers
+            .retain(|a| a.client == 0 || !(52_000_000..81_000_000).contains(&a.answered_ns.0));
+        let gap = longest_gap(
+            &log.answers,
+            MonotonicNs(50_000_000),
+            MonotonicNs(90_000_000),
+        )
+        .unwrap();
         assert_eq!((gap.from_ns.0, gap.us()), (51_500_000, 30_000));
-        let before = longest_gap(&log.answers, MonotonicNs(10_000_000), MonotonicNs(50_000_000)).unwrap();
+        let before = longest_gap(
+            &log.answers,
+            MonotonicNs(10_000_000),
+            MonotonicNs(50_000_000),
+        )
+        .unwrap();
         assert_eq!(before.us(), 2_000);
-        log.answers.retain(|a| a.client == 0 || a.answered_ns.0 < 20_000_000);
-        let gap = longest_gap(&log.answers, MonotonicNs(50_000_000), MonotonicNs(90_000_000)).unwrap();
-        assert_eq!(gap.us(), 70_500, "from 19.5 ms on, and still waiting at 90 ms");
+        log.answers
+            .retain(|a| a.client == 0 || a.answered_ns.0 < 20_000_000);
+        let gap = longest_gap(
+            &log.answers,
+            MonotonicNs(50_000_000),
+            MonotonicNs(90_000_000),
+        )
+        .unwrap();
+        assert_eq!(
+            gap.us(),
+            70_500,
+            "from 19.5 ms on, and still waiting at 90 ms"
+        );
         assert_eq!(silent_since(&log.answers, 2, MonotonicNs(50_000_000)), 1);
         assert_eq!(longest_gap(&[], MonotonicNs(0), MonotonicNs(9)), None);
     }

@@ -61,7 +61,10 @@ mod tests {
     #[test]
     fn quantiles_are_measured_values() {
         let q = quantiles((1..=100).rev().collect());
-        assert_eq!((q.count, q.p50_us, q.p90_us, q.p99_us, q.max_us), (100, 50, 90, 99, 100));
+        assert_eq!(
+            (q.count, q.p50_us, q.p90_us, q.p99_us, q.max_us),
+            (100, 50, 90, 99, 100)
+        );
         let q = quantiles(vec![7]);
         assert_eq!((q.p50_us, q.p99_us, q.max_us), (7, 7, 7));
         assert_eq!(quantiles(Vec::new()), Quantiles::default());
@@ -69,7 +72,11 @@ mod tests {
 
     #[test]
     fn a_seed_decides_everything() {
-        let draw = |seed| (0..5).map(|_| Rng::new(seed).next_u64()).collect::<Vec<_>>();
+        let draw = |seed| {
+            (0..5)
+                .map(|_| Rng::new(seed).next_u64())
+                .collect::<Vec<_>>()
+        };
         assert_eq!(draw(1), draw(1));
         assert_ne!(draw(1), draw(2));
         // First value of seed 0 in the reference implementation.
