@@ -97,7 +97,7 @@ pub fn missing_on_disk(log: &ClientLog, disk: &DiskRecords) -> Vec<u64> {
         .answers
         .iter()
         .map(|a| a.number)
-        .filter(|&n| !on_disk(n))
+        .filter(|&n| n >= disk.oldest_kept && !on_disk(n))
         .collect();
     missing.into_iter().collect()
 }
@@ -135,6 +135,18 @@ pub fn longest_gap(answers: &[Answer], from: MonotonicNs, to: MonotonicNs) -> Op
         }
     }
     longest
+}
+
+/// The longest gap of any client that begins and ends in `[from, to]`.
+#[must_use]
+pub fn longest_gap_within(answers: &[Answer], from: MonotonicNs, to: MonotonicNs) -> Option<Gap> {
+    let times = answer_times(answers);
+    let gaps = times.values().flat_map(|t| t.windows(2)).map(|w| Gap {
+        from_ns: w[0],
+        to_ns: w[1],
+    });
+    gaps.filter(|g| g.from_ns >= from && g.to_ns <= to)
+        .max_by_key(|g| g.us())
 }
 
 /// Clients that have no answer to a request of theirs after this instant.
@@ -262,6 +274,7 @@ pub(crate) mod tests {
         let log = healthy(1, 10);
         let disk = |ranges: &[(u64, u64)]| DiskRecords {
             ranges: ranges.to_vec(),
+            oldest_kept: 0,
             damaged: 0,
         };
         assert!(missing_on_disk(&log, &disk(&[(0, 50), (99, 200)])).is_empty());
@@ -270,6 +283,11 @@ pub(crate) mod tests {
             [104, 109]
         );
         assert_eq!(missing_on_disk(&log, &disk(&[])).len(), 10);
+        let round = DiskRecords {
+            oldest_kept: 105,
+            ..disk(&[(105, 108)])
+        };
+        assert_eq!(missing_on_disk(&log, &round), [109]);
     }
 
     #[test]
@@ -285,7 +303,7 @@ pub(crate) mod tests {
         )
         .unwrap();
         assert_eq!((gap.from_ns.0, gap.us()), (51_500_000, 30_000));
-        let before = longest_gap(
+        let before = longest_gap_within(
             &log.answers,
             MonotonicNs(10_000_000),
             MonotonicNs(50_000_000),

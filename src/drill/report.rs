@@ -3,7 +3,9 @@
 //! Times of the hosts and of the clients are subtracted from each other here; that is
 //! sound in the lab only, where all share one `CLOCK_MONOTONIC` (see [`super::env`]).
 
-use super::checks::{NumberCheck, check_numbers, longest_gap, missing_on_disk, silent_since};
+use super::checks::{
+    NumberCheck, check_numbers, longest_gap, longest_gap_within, missing_on_disk, silent_since,
+};
 use super::env::{AuditView, DiskRecords, FailoverView, PauseView, Quantiles, Role, VmView};
 use super::log::ClientLog;
 use super::stats::{micros, quantiles};
@@ -312,7 +314,7 @@ fn run_report(spec: &DrillSpec, number: usize, facts: &RunFacts, log: &ClientLog
         takeover_us: stage(at(|f| f.claim_won_ns), at(|f| f.running_ns)),
         client_us: stage(running, gap.map(|g| g.to_ns)),
         blackout_us: gap.map(super::checks::Gap::us),
-        calm_gap_us: longest_gap(&log.answers, facts.calm.from_ns, facts.calm.to_ns)
+        calm_gap_us: longest_gap_within(&log.answers, facts.calm.from_ns, facts.calm.to_ns)
             .map(super::checks::Gap::us),
         from_epoch: failover.as_ref().map(|f| f.from_epoch),
         lag: quantiles(facts.lag_us.clone()),
@@ -460,6 +462,7 @@ pub(crate) mod tests {
         };
         let disk = Some(DiskRecords {
             ranges: vec![(1, 500)],
+            oldest_kept: 0,
             damaged: 0,
         });
         Facts {
@@ -537,12 +540,14 @@ pub(crate) mod tests {
         fails("missing on the disk", &|f| {
             f.disk = Some(DiskRecords {
                 ranges: vec![(1, 298)],
+                oldest_kept: 0,
                 damaged: 0,
             })
         });
         fails("damaged", &|f| {
             f.disk = Some(DiskRecords {
                 ranges: vec![(1, 500)],
+                oldest_kept: 0,
                 damaged: 1,
             })
         });

@@ -125,7 +125,7 @@ impl Drill<'_> {
             Service::Counter => (Mode::Counter, COUNTER_PORT),
             Service::Redis => (Mode::Redis, REDIS_PORT),
         };
-        let mut clients = self.client(mode, port, spec.load.clients)?;
+        let clients = self.client(mode, port, spec.load.clients)?;
         if !clients.wait_answers(
             spec.load.clients,
             MonotonicNs(0),
@@ -510,6 +510,7 @@ mod tests {
             self.call("disk_records").map(|()| {
                 Some(DiskRecords {
                     ranges: vec![(1, u64::MAX)],
+                    oldest_kept: 0,
                     damaged: 0,
                 })
             })
