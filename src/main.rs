@@ -6,10 +6,9 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
     // A lab's processes enter namespaces, which only a program without threads may do.
-    for hidden in [pollux::lab::hidden_main] {
-        if let Some(code) = hidden(args.get(1..).unwrap_or_default()) {
-            return u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from);
-        }
+    let rest = args.get(1..).unwrap_or_default();
+    if let Some(code) = pollux::lab::hidden_main(rest).or_else(|| pollux::drill::hidden_main(rest)) {
+        return u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from);
     }
     pollux::cli::main(args)
 }

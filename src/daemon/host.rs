@@ -13,7 +13,7 @@ use crate::pool::spec::{Boot, Protection, VmSpec};
 use crate::pool::{Generation, HostName, VmId};
 use crate::registry::{FileRegistry, FileRegistryOptions, Versioned};
 use crate::vm::argv::Accel;
-use crate::vm::{accel, probe};
+use crate::vm::{accel, kernel, probe};
 use interconnect::identity::Identity;
 use std::collections::BTreeMap;
 use std::sync::mpsc::sync_channel;
@@ -57,9 +57,9 @@ impl Host {
     /// # Errors
     /// What is missing and what to do about it.
     pub fn start(config: HostConfig, runtime: tokio::runtime::Handle) -> anyhow::Result<Arc<Self>> {
-        let cannot_mirror = match probe::check_host() {
+        let cannot_mirror = match kernel::check_host() {
             Ok(()) => None,
-            Err(e @ probe::HostError::NotRoot { .. }) => return Err(e.into()),
+            Err(e @ kernel::HostError::NotRoot { .. }) => return Err(e.into()),
             Err(e) => Some(e.to_string()),
         };
         if let Some(reason) = &cannot_mirror {

@@ -197,7 +197,6 @@ impl Pump {
                 tracing::error!(%partner, "{reason}");
                 self.set_refused(Some(reason));
             }
-            _ => {}
         }
     }
 

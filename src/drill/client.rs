@@ -73,15 +73,24 @@ impl ClientOptions {
             Mode::Redis => "redis",
             Mode::Echo => "echo",
         };
-        [CLIENT_COMMAND, mode, &self.address.to_string(), &self.clients.to_string(), &self.think.as_micros().to_string()]
-            .map(OsString::from)
-            .to_vec()
+        [
+            CLIENT_COMMAND,
+            mode,
+            &self.address.to_string(),
+            &self.clients.to_string(),
+            &self.think.as_micros().to_string(),
+        ]
+        .map(OsString::from)
+        .to_vec()
     }
 
-    fn parse(args: &[OsString]) -> Result<Self, String> {
+    pub(crate) fn parse(args: &[OsString]) -> Result<Self, String> {
         let texts: Vec<&str> = args.iter().filter_map(|a| a.to_str()).collect();
         let [mode, address, clients, think] = texts[..] else {
-            return Err("usage: pollux drill-client counter|redis|echo ADDRESS:PORT CLIENTS THINK_US".into());
+            return Err(
+                "usage: pollux drill-client counter|redis|echo ADDRESS:PORT CLIENTS THINK_US"
+                    .into(),
+            );
         };
         let mode = match mode {
             "counter" => Mode::Counter,
@@ -89,12 +98,21 @@ impl ClientOptions {
             "echo" => Mode::Echo,
             other => return Err(format!("mode `{other}`: use counter, redis or echo")),
         };
-        let clients = clients.parse().ok().filter(|c| (1..=CLIENTS_MAX).contains(c));
+        let clients = clients
+            .parse()
+            .ok()
+            .filter(|c| (1..=CLIENTS_MAX).contains(c));
         Ok(Self {
             mode,
-            address: address.parse().map_err(|e| format!("address `{address}`: {e}"))?,
+            address: address
+                .parse()
+                .map_err(|e| format!("address `{address}`: {e}"))?,
             clients: clients.ok_or_else(|| format!("clients: use 1 to {CLIENTS_MAX}"))?,
-            think: Duration::from_micros(think.parse().map_err(|e| format!("think time `{think}`: {e}"))?),
+            think: Duration::from_micros(
+                think
+                    .parse()
+                    .map_err(|e| format!("think time `{think}`: {e}"))?,
+            ),
         })
     }
 }
@@ -129,24 +147,38 @@ struct Shared {
 ///
 /// # Errors
 /// If `output` cannot be written.
-pub fn run_clients(options: &ClientOptions, mut input: impl Read + Send + 'static, mut output: impl Write) -> io::Result<()> {
+pub fn run_clients(
+    options: &ClientOptions,
+    mut input: impl Read + Send + 'static,
+    mut output: impl Write,
+) -> io::Result<()> {
     let (sender, lines) = mpsc::channel();
     let shared = Arc::new(Shared {
         ending: AtomicBool::new(false),
         streams: Mutex::new((0..options.clients).map(|_| None).collect()),
     });
-    writeln!(output, "{}", Line::Hello { clients: options.clients })?;
+    writeln!(
+        output,
+        "{}",
+        Line::Hello {
+            clients: options.clients
+        }
+    )?;
     for client in 0..options.clients {
         let (options, shared, sender) = (options.clone(), Arc::clone(&shared), sender.clone());
-        std::thread::Builder::new().name(format!("client-{client}")).spawn(move || one_client(&options, client, &shared, &sender))?;
+        std::thread::Builder::new()
+            .name(format!("client-{client}"))
+            .spawn(move || one_client(&options, client, &shared, &sender))?;
     }
     drop(sender);
     let ender = Arc::clone(&shared);
-    std::thread::Builder::new().name("end".into()).spawn(move || {
-        // Whatever is written there means nothing; the end of it is the end.
-        let _ = io::copy(&mut input, &mut io::sink());
-        ender.ending.store(true, Ordering::Relaxed);
-    })?;
+    std::thread::Builder::new()
+        .name("end".into())
+        .spawn(move || {
+            // Whatever is written there means nothing; the end of it is the end.
+            let _ = io::copy(&mut input, &mut io::sink());
+            ender.ending.store(true, Ordering::Relaxed);
+        })?;
     write_log(&lines, &shared, &mut output)
 }
 
@@ -161,7 +193,12 @@ fn write_log(lines: &Receiver<Line>, shared: &Shared, output: &mut impl Write) -
             buffer.push('\n');
         }
         if got == Err(RecvTimeoutError::Disconnected) {
-            buffer.push_str(&format!("{}\n", Line::End { at_ns: MonotonicNs::now() }));
+            buffer.push_str(&format!(
+                "{}\n",
+                Line::End {
+                    at_ns: MonotonicNs::now()
+                }
+            ));
             output.write_all(buffer.as_bytes())?;
             return output.flush();
         }
@@ -171,8 +208,16 @@ fn write_log(lines: &Receiver<Line>, shared: &Shared, output: &mut impl Write) -
             buffer.clear();
             flushed = Instant::now();
         }
-        if shared.ending.load(Ordering::Relaxed) && asked_to_end.get_or_insert_with(Instant::now).elapsed() > LAST_ANSWERS_MAX {
-            for stream in shared.streams.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten() {
+        if shared.ending.load(Ordering::Relaxed)
+            && asked_to_end.get_or_insert_with(Instant::now).elapsed() > LAST_ANSWERS_MAX
+        {
+            for stream in shared
+                .streams
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .iter()
+                .flatten()
+            {
                 // Wakes the thread that waits for an answer; it reports the request as open.
                 let _ = stream.shutdown(Shutdown::Both);
             }
@@ -188,26 +233,51 @@ fn one_client(options: &ClientOptions, client: u16, shared: &Shared, log: &Sende
             std::thread::sleep(CONNECT_PAUSE);
             continue;
         };
-        let Ok(keep) = stream.set_nodelay(true).and_then(|()| stream.try_clone()) else { continue };
-        if let Some(slot) = shared.streams.lock().unwrap_or_else(PoisonError::into_inner).get_mut(usize::from(client)) {
+        let Ok(keep) = stream.set_nodelay(true).and_then(|()| stream.try_clone()) else {
+            continue;
+        };
+        if let Some(slot) = shared
+            .streams
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_mut(usize::from(client))
+        {
             *slot = Some(keep);
         }
-        let _ = log.send(Line::Up { client, at_ns: MonotonicNs::now() });
+        let _ = log.send(Line::Up {
+            client,
+            at_ns: MonotonicNs::now(),
+        });
         let mut reader = BufReader::new(stream);
         while !ending() {
             let sent_ns = MonotonicNs::now();
             match request(options.mode, client, seq, &mut reader) {
                 Ok(number) => {
-                    let answer = Answer { client, seq, sent_ns, answered_ns: MonotonicNs::now(), number };
+                    let answer = Answer {
+                        client,
+                        seq,
+                        sent_ns,
+                        answered_ns: MonotonicNs::now(),
+                        number,
+                    };
                     let _ = log.send(Line::Answer(answer));
                     seq += 1;
                 }
                 Err(_) if ending() => {
-                    let _ = log.send(Line::Open { client, sent_ns, seq });
+                    let _ = log.send(Line::Open {
+                        client,
+                        sent_ns,
+                        seq,
+                    });
                     return;
                 }
                 Err(e) => {
-                    let _ = log.send(Line::Broken { client, at_ns: MonotonicNs::now(), seq, why: e.to_string() });
+                    let _ = log.send(Line::Broken {
+                        client,
+                        at_ns: MonotonicNs::now(),
+                        seq,
+                        why: e.to_string(),
+                    });
                     seq += 1;
                     break;
                 }
@@ -220,7 +290,12 @@ fn one_client(options: &ClientOptions, client: u16, shared: &Shared, log: &Sende
 }
 
 /// One request and its answer.
-fn request(mode: Mode, client: u16, seq: u64, stream: &mut BufReader<TcpStream>) -> io::Result<u64> {
+fn request(
+    mode: Mode,
+    client: u16,
+    seq: u64,
+    stream: &mut BufReader<TcpStream>,
+) -> io::Result<u64> {
     let wrong = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
     match mode {
         Mode::Echo => {
@@ -229,7 +304,11 @@ fn request(mode: Mode, client: u16, seq: u64, stream: &mut BufReader<TcpStream>)
             let mut back = [0; ECHO_BYTES];
             stream.read_exact(&mut back)?;
             let same = back.iter().all(|&b| b == byte);
-            if same { Ok(ECHO_BYTES as u64) } else { Err(wrong(format!("echo of request {seq} came back changed"))) }
+            if same {
+                Ok(ECHO_BYTES as u64)
+            } else {
+                Err(wrong(format!("echo of request {seq} came back changed")))
+            }
         }
         Mode::Counter | Mode::Redis => {
             let text = match mode {
@@ -238,40 +317,66 @@ fn request(mode: Mode, client: u16, seq: u64, stream: &mut BufReader<TcpStream>)
             };
             stream.get_mut().write_all(text.as_bytes())?;
             let mut line = String::new();
-            stream.by_ref().take(ANSWER_BYTES_MAX).read_line(&mut line)?;
+            stream
+                .by_ref()
+                .take(ANSWER_BYTES_MAX)
+                .read_line(&mut line)?;
             if line.is_empty() {
-                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the guest closed the connection"));
+                return Err(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "the guest closed the connection",
+                ));
             }
-            let number = if mode == Mode::Redis { line.strip_prefix(':') } else { Some(line.as_str()) };
-            number.and_then(|n| n.trim_end().parse().ok()).ok_or_else(|| wrong(format!("answer {line:?} is not a number")))
+            let number = if mode == Mode::Redis {
+                line.strip_prefix(':')
+            } else {
+                Some(line.as_str())
+            };
+            number
+                .and_then(|n| n.trim_end().parse().ok())
+                .ok_or_else(|| wrong(format!("answer {line:?} is not a number")))
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::drill::log::ClientLog;
     use std::net::TcpListener;
     use std::sync::atomic::AtomicU64;
 
     /// A counter in the manner of the test guest (or of redis); `fault` may answer otherwise.
-    fn serve(mode: Mode, fault: fn(u64) -> Option<String>) -> SocketAddr {
+    pub(crate) fn serve(
+        mode: Mode,
+        fault: impl Fn(u64) -> Option<String> + Send + Sync + 'static,
+    ) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let counter = Arc::new(AtomicU64::new(0));
+        let fault = Arc::new(fault);
         std::thread::spawn(move || {
             for stream in listener.incoming() {
-                let (counter, mut reader) = (Arc::clone(&counter), BufReader::new(stream.unwrap()));
+                let (counter, fault, mut reader) = (
+                    Arc::clone(&counter),
+                    Arc::clone(&fault),
+                    BufReader::new(stream.unwrap()),
+                );
                 std::thread::spawn(move || {
                     let mut line = String::new();
                     let last_line = if mode == Mode::Redis { "drill\r\n" } else { "" };
                     while reader.read_line(&mut line).unwrap_or(0) > 0 {
                         if line.ends_with(last_line) {
                             let number = counter.fetch_add(1, Ordering::Relaxed) + 1;
-                            let plain = if mode == Mode::Redis { format!(":{number}\r\n") } else { format!("{number}\n") };
+                            let plain = if mode == Mode::Redis {
+                                format!(":{number}\r\n")
+                            } else {
+                                format!("{number}\n")
+                            };
                             let answer = fault(number).unwrap_or(plain);
-                            if answer.is_empty() || reader.get_mut().write_all(answer.as_bytes()).is_err() {
+                            if answer.is_empty()
+                                || reader.get_mut().write_all(answer.as_bytes()).is_err()
+                            {
                                 return;
                             }
                         }
@@ -284,8 +389,18 @@ mod tests {
     }
 
     /// Runs clients until `enough` says so.
-    fn run(mode: Mode, address: SocketAddr, clients: u16, enough: fn(&ClientLog) -> bool) -> ClientLog {
-        let options = ClientOptions { mode, address, clients, think: Duration::ZERO };
+    fn run(
+        mode: Mode,
+        address: SocketAddr,
+        clients: u16,
+        enough: fn(&ClientLog) -> bool,
+    ) -> ClientLog {
+        let options = ClientOptions {
+            mode,
+            address,
+            clients,
+            think: Duration::ZERO,
+        };
         let (input, hold) = io::pipe().unwrap();
         let (output, log_writer) = io::pipe().unwrap();
         let runner = std::thread::spawn(move || run_clients(&options, input, log_writer));
@@ -306,11 +421,16 @@ mod tests {
     #[test]
     fn every_number_is_written_down_once_by_each_protocol() {
         for mode in [Mode::Counter, Mode::Redis] {
-            let log = run(mode, serve(mode, |_| None), 4, |log| log.answers.len() > 200);
+            let log = run(mode, serve(mode, |_| None), 4, |log| {
+                log.answers.len() > 200
+            });
             let mut numbers: Vec<u64> = log.answers.iter().map(|a| a.number).collect();
             numbers.sort_unstable();
             assert_eq!(numbers, (1..=numbers.len() as u64).collect::<Vec<_>>());
-            assert_eq!((log.clients, log.ups, log.broken.len(), log.open.len()), (4, 4, 0, 0));
+            assert_eq!(
+                (log.clients, log.ups, log.broken.len(), log.open.len()),
+                (4, 4, 0, 0)
+            );
             assert!(log.answers.iter().all(|a| a.sent_ns <= a.answered_ns));
         }
     }
@@ -329,9 +449,19 @@ mod tests {
     #[test]
     fn options_travel_as_arguments() {
         let address = "10.77.0.10:7000".parse().unwrap();
-        let options = ClientOptions { mode: Mode::Redis, address, clients: 3, think: Duration::from_micros(7) };
+        let options = ClientOptions {
+            mode: Mode::Redis,
+            address,
+            clients: 3,
+            think: Duration::from_micros(7),
+        };
         assert_eq!(ClientOptions::parse(&options.args()[1..]).unwrap(), options);
-        for bad in [&["counter", "nowhere", "1", "0"][..], &["x", "1.1.1.1:1", "1", "0"], &["echo", "1.1.1.1:1", "0", "0"], &[]] {
+        for bad in [
+            &["counter", "nowhere", "1", "0"][..],
+            &["x", "1.1.1.1:1", "1", "0"],
+            &["echo", "1.1.1.1:1", "0", "0"],
+            &[],
+        ] {
             let bad: Vec<OsString> = bad.iter().map(OsString::from).collect();
             assert!(ClientOptions::parse(&bad).is_err());
         }

@@ -204,6 +204,9 @@ pub struct ClientPipes {
 pub struct DiskRecords {
     /// Inclusive ranges of record numbers, ascending, not overlapping.
     pub ranges: Vec<(u64, u64)>,
+    /// Lower numbers are not expected: the ring of records has come round over them.
+    /// With a ring of `slots` and `newest` the highest whole record: `newest - slots + 1`.
+    pub oldest_kept: u64,
     /// Records whose checksum or number is wrong.
     pub damaged: u64,
 }

@@ -89,12 +89,25 @@ impl fmt::Display for Line {
         match self {
             Self::Hello { clients } => write!(f, "[\"hello\",{LOG_VERSION},{clients}]"),
             Self::Up { client, at_ns } => write!(f, "[\"up\",{client},{}]", at_ns.0),
-            Self::Answer(a) => write!(f, "[{},{},{},{},{}]", a.client, a.seq, a.sent_ns.0, a.answered_ns.0, a.number),
-            Self::Broken { client, at_ns, seq, why } => {
+            Self::Answer(a) => write!(
+                f,
+                "[{},{},{},{},{}]",
+                a.client, a.seq, a.sent_ns.0, a.answered_ns.0, a.number
+            ),
+            Self::Broken {
+                client,
+                at_ns,
+                seq,
+                why,
+            } => {
                 let why = serde_json::Value::from(why.as_str());
                 write!(f, "[\"broken\",{client},{},{seq},{why}]", at_ns.0)
             }
-            Self::Open { client, sent_ns, seq } => write!(f, "[\"open\",{client},{},{seq}]", sent_ns.0),
+            Self::Open {
+                client,
+                sent_ns,
+                seq,
+            } => write!(f, "[\"open\",{client},{},{seq}]", sent_ns.0),
             Self::End { at_ns } => write!(f, "[\"end\",{}]", at_ns.0),
         }
     }
@@ -107,24 +120,47 @@ impl Line {
     /// [`BadLine`] with its beginning.
     pub fn parse(text: &str) -> Result<Self, BadLine> {
         let bad = || BadLine(text.chars().take(80).collect());
-        let json = |e: serde_json::Error| BadLine(format!("{} ({e})", text.chars().take(80).collect::<String>()));
+        let json = |e: serde_json::Error| {
+            BadLine(format!(
+                "{} ({e})",
+                text.chars().take(80).collect::<String>()
+            ))
+        };
         if !text.starts_with("[\"") {
             return serde_json::from_str(text).map(Self::Answer).map_err(json);
         }
         let fields: Vec<serde_json::Value> = serde_json::from_str(text).map_err(json)?;
-        let number = |i: usize| fields.get(i).and_then(serde_json::Value::as_u64).ok_or_else(bad);
+        let number = |i: usize| {
+            fields
+                .get(i)
+                .and_then(serde_json::Value::as_u64)
+                .ok_or_else(bad)
+        };
         let client = |i: usize| number(i).and_then(|n| u16::try_from(n).map_err(|_| bad()));
         let time = |i: usize| number(i).map(MonotonicNs);
         match fields.first().and_then(|v| v.as_str()) {
-            Some("hello") if number(1)? == LOG_VERSION => Ok(Self::Hello { clients: client(2)? }),
-            Some("up") => Ok(Self::Up { client: client(1)?, at_ns: time(2)? }),
+            Some("hello") if number(1)? == LOG_VERSION => Ok(Self::Hello {
+                clients: client(2)?,
+            }),
+            Some("up") => Ok(Self::Up {
+                client: client(1)?,
+                at_ns: time(2)?,
+            }),
             Some("broken") => Ok(Self::Broken {
                 client: client(1)?,
                 at_ns: time(2)?,
                 seq: number(3)?,
-                why: fields.get(4).and_then(|v| v.as_str()).ok_or_else(bad)?.to_owned(),
+                why: fields
+                    .get(4)
+                    .and_then(|v| v.as_str())
+                    .ok_or_else(bad)?
+                    .to_owned(),
             }),
-            Some("open") => Ok(Self::Open { client: client(1)?, sent_ns: time(2)?, seq: number(3)? }),
+            Some("open") => Ok(Self::Open {
+                client: client(1)?,
+                sent_ns: time(2)?,
+                seq: number(3)?,
+            }),
             Some("end") => Ok(Self::End { at_ns: time(1)? }),
             _ => Err(bad()),
         }
@@ -155,8 +191,15 @@ impl ClientLog {
             Line::Hello { clients } => self.clients = clients,
             Line::Up { .. } => self.ups += 1,
             Line::Answer(answer) => self.answers.push(answer),
-            Line::Broken { client, at_ns, seq, why } => self.broken.push((client, at_ns, seq, why)),
-            Line::Open { client, sent_ns, .. } => self.open.push((client, sent_ns)),
+            Line::Broken {
+                client,
+                at_ns,
+                seq,
+                why,
+            } => self.broken.push((client, at_ns, seq, why)),
+            Line::Open {
+                client, sent_ns, ..
+            } => self.open.push((client, sent_ns)),
             Line::End { .. } => self.ended = true,
         }
     }
@@ -169,18 +212,42 @@ mod tests {
     #[test]
     fn lines_survive_the_journey_and_garbage_does_not() {
         let at_ns = MonotonicNs(5);
-        let answer = Answer { client: 3, seq: 9, sent_ns: MonotonicNs(1), answered_ns: MonotonicNs(2), number: 77 };
+        let answer = Answer {
+            client: 3,
+            seq: 9,
+            sent_ns: MonotonicNs(1),
+            answered_ns: MonotonicNs(2),
+            number: 77,
+        };
         for line in [
             Line::Hello { clients: 4 },
             Line::Up { client: 1, at_ns },
             Line::Answer(answer),
-            Line::Broken { client: 1, at_ns, seq: 4, why: "a \"quoted\" reason".into() },
-            Line::Open { client: 1, sent_ns: at_ns, seq: 4 },
+            Line::Broken {
+                client: 1,
+                at_ns,
+                seq: 4,
+                why: "a \"quoted\" reason".into(),
+            },
+            Line::Open {
+                client: 1,
+                sent_ns: at_ns,
+                seq: 4,
+            },
             Line::End { at_ns },
         ] {
             assert_eq!(Line::parse(&line.to_string()).unwrap(), line);
         }
-        for bad in ["", "[]", "[1,2,3]", "[\"hello\",2,1]", "[\"up\",99999,1]", "[\"end\"]", "{}", "[\"what\"]"] {
+        for bad in [
+            "",
+            "[]",
+            "[1,2,3]",
+            "[\"hello\",2,1]",
+            "[\"up\",99999,1]",
+            "[\"end\"]",
+            "{}",
+            "[\"what\"]",
+        ] {
             assert!(Line::parse(bad).is_err(), "{bad}");
         }
     }

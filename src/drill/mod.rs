@@ -5,11 +5,22 @@
 //! was lost. [`client`] is the process outside, [`env`] what the drill needs from the
 //! product, [`report`] the pure part: logs in, verdict out.
 
+pub mod checks;
+pub mod client;
 pub mod env;
+pub mod log;
+pub mod report;
+pub mod run;
+pub mod stats;
+pub mod table;
 
+pub use client::client_main;
 pub use env::{DrillEnv, EnvError, Load, MonotonicNs, Service};
+pub use report::DrillReport;
+pub use run::{DrillError, run};
 
 use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
 
 /// The failure that is rehearsed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,4 +55,11 @@ pub struct DrillSpec {
     pub audit: bool,
     /// Print JSON, no table.
     pub json: bool,
+}
+
+/// Runs a hidden subcommand of the drill if `args` (without the program's name) names
+/// one, and gives its exit status.
+#[must_use]
+pub fn hidden_main(args: &[OsString]) -> Option<i32> {
+    (args.first()?.to_str()? == client::CLIENT_COMMAND).then(|| client_main(&args[1..]))
 }

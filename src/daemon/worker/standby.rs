@@ -11,7 +11,7 @@ use super::{Env, Peer, WorkerConfig, WorkerEvent};
 use crate::api::types::{Failover, Role};
 use crate::daemon::clock::{now, now_ns};
 use crate::daemon::control::ControlMsg;
-use crate::interpose::checkpoint::{HookError, Incoming, clock, patch_state_clock};
+use crate::interpose::checkpoint::{HookError, Incoming, patch_state_clock, ticks_per_second};
 use crate::interpose::disk::Mode;
 use crate::interpose::memory::RamImage;
 use crate::interpose::net::NetMode;
@@ -427,7 +427,7 @@ impl<'a> StandbySide<'a> {
         self.failover.from_generation = self.generation.0;
         let mut state = last.device_state.to_vec();
         let advance_ns = now_ns().saturating_sub(last.arrived_ns);
-        patch_state_clock(&mut state, advance_ns, clock::ticks_per_second()).map_err(say)?;
+        patch_state_clock(&mut state, advance_ns, ticks_per_second()).map_err(say)?;
         let (parts, landing, failover) = (&self.parts, &self.landing, &mut self.failover);
         let mut hook = || -> Result<(), HookError> {
             if let Some(sums) = &last.audit {
