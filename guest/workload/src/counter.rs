@@ -252,8 +252,10 @@ mod tests {
         let image = Image::new();
         let counter = image.counter(1);
         let slots = Layout::for_disk(DISK_BYTES_MIN).unwrap().record_slots();
-        let batch: Vec<_> = (0..slots + 50).map(|seq| (1, seq)).collect();
-        assert_eq!(counter.count(&batch), Ok(1));
+        // Three first, so that no group ends at the ring's end by itself.
+        assert_eq!(counter.count(&[(1, 0), (1, 1), (1, 2)]), Ok(1));
+        let batch: Vec<_> = (3..slots + 50).map(|seq| (1, seq)).collect();
+        assert_eq!(counter.count(&batch), Ok(4));
         assert_eq!(counter.verify(), Ok(slots - 2 * GROUP_RECORDS_MAX));
         assert_eq!(image.counter(2).number(), slots + 50);
     }
