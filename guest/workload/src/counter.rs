@@ -180,3 +180,104 @@ impl Counter {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pollux_workload::layout::{DISK_BYTES_MIN, Layout};
+    use pollux_workload::record::list;
+    use std::collections::BTreeSet;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::thread;
+
+    struct Image {
+        // Beside the test's program, not under /tmp: that may be a tmpfs without O_DIRECT.
+        file: tempfile::NamedTempFile,
+    }
+
+    impl Image {
+        fn new() -> Self {
+            let program = std::env::current_exe().unwrap();
+            let file = tempfile::NamedTempFile::new_in(program.parent().unwrap()).unwrap();
+            file.as_file().set_len(DISK_BYTES_MIN).unwrap();
+            Self { file }
+        }
+
+        fn counter(&self, boot: u64) -> Counter {
+            let disk = Disk::open(self.file.path().to_str().unwrap()).unwrap();
+            Counter::recover(Some(Arc::new(disk)), boot).unwrap()
+        }
+
+        fn raw(&self) -> &File {
+            self.file.as_file()
+        }
+    }
+
+    #[test]
+    fn many_clients_get_every_number_once_and_the_disk_agrees() {
+        const CLIENTS: u64 = 8;
+        const REQUESTS: u64 = 40;
+        let image = Image::new();
+        let counter = image.counter(1);
+        let seen = Mutex::new(BTreeSet::new());
+        thread::scope(|scope| {
+            for client in 0..CLIENTS {
+                let (counter, seen) = (&counter, &seen);
+                scope.spawn(move || {
+                    for seq in 0..REQUESTS {
+                        let number = counter.count(&[(client, seq)]).unwrap();
+                        assert!(seen.lock().unwrap().insert((number, client, seq)));
+                    }
+                });
+            }
+        });
+        assert_eq!(counter.verify(), Ok(CLIENTS * REQUESTS));
+        let listing = list(image.raw(), DISK_BYTES_MIN).unwrap();
+        let on_disk: BTreeSet<_> = listing
+            .records
+            .iter()
+            .map(|r| (r.number, r.client, r.seq))
+            .collect();
+        assert_eq!(on_disk, seen.into_inner().unwrap());
+        assert_eq!(
+            image.counter(2).number(),
+            CLIENTS * REQUESTS,
+            "a new boot goes on"
+        );
+    }
+
+    #[test]
+    fn a_batch_across_the_end_of_the_ring_is_whole() {
+        let image = Image::new();
+        let counter = image.counter(1);
+        let slots = Layout::for_disk(DISK_BYTES_MIN).unwrap().record_slots();
+        // Three first, so that no group ends at the ring's end by itself.
+        assert_eq!(counter.count(&[(1, 0), (1, 1), (1, 2)]), Ok(1));
+        let batch: Vec<_> = (3..slots + 50).map(|seq| (1, seq)).collect();
+        assert_eq!(counter.count(&batch), Ok(4));
+        assert_eq!(counter.verify(), Ok(slots - 2 * GROUP_RECORDS_MAX));
+        assert_eq!(image.counter(2).number(), slots + 50);
+    }
+
+    #[test]
+    fn verify_names_a_damaged_record() {
+        let image = Image::new();
+        let counter = image.counter(1);
+        counter.count(&[(1, 1), (1, 2), (1, 3)]).unwrap();
+        let layout = Layout::for_disk(DISK_BYTES_MIN).unwrap();
+        image
+            .raw()
+            .write_all_at(b"x", layout.record_offset(2) + 100)
+            .unwrap();
+        let what = counter.verify().unwrap_err();
+        assert!(what.contains("record 2"), "{what}");
+    }
+
+    #[test]
+    fn without_a_disk_it_counts_in_memory() {
+        let counter = Counter::recover(None, 1).unwrap();
+        assert_eq!(counter.count(&[(1, 1), (1, 2)]), Ok(1));
+        assert_eq!((counter.number(), counter.verify()), (2, Ok(0)));
+    }
+}
