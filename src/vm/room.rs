@@ -96,8 +96,13 @@ pub fn check_memory_room(ram_dir: &Path, bytes: u64) -> Result<(), RoomError> {
     }
     let meminfo =
         fs::read_to_string("/proc/meminfo").map_err(|e| RoomError::Meminfo(e.to_string()))?;
+    check_available(&meminfo, bytes)
+}
+
+/// Does `meminfo` (/proc/meminfo) leave room for `bytes` and what is beside them?
+fn check_available(meminfo: &str, bytes: u64) -> Result<(), RoomError> {
     let free =
-        mem_available(&meminfo).ok_or_else(|| RoomError::Meminfo("no such line".to_owned()))?;
+        mem_available(meminfo).ok_or_else(|| RoomError::Meminfo("no such line".to_owned()))?;
     let need = bytes.saturating_add(MEMORY_BESIDE_GUEST);
     if free < need {
         return Err(RoomError::Memory { free, need });
@@ -298,4 +303,35 @@ pub fn check_disks(spec: &crate::pool::spec::VmSpec) -> Result<(), DiskError> {
 #[must_use]
 pub fn kvm_group() -> Option<u32> {
     fs::metadata("/dev/kvm").ok().map(|meta| meta.gid())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_is_not_available_says_how_much_is_missing() {
+        let meminfo = "MemTotal:  4194304 kB\nMemAvailable:   1048576 kB\nBuffers: 1 kB\n";
+        assert!(check_available(meminfo, (1 << 30) - MEMORY_BESIDE_GUEST).is_ok());
+        assert_eq!(
+            check_available(meminfo, 1 << 30).unwrap_err().to_string(),
+            "the host has 1 GiB of memory available, the VM needs 1152 MiB (its memory and 128 MiB beside \
+             it): 128 MiB are missing; stop another VM or give the VM less memory"
+        );
+        assert!(matches!(
+            check_available("MemFree: 1 kB", 1),
+            Err(RoomError::Meminfo(_))
+        ));
+    }
+
+    #[test]
+    fn an_old_ram_file_is_not_handed_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ram");
+        fs::write(&path, "of the guest before").unwrap();
+        let file = create_ram_file(&path, 1 << 20, 0, 0).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), vec![0; 1 << 20]);
+        let meta = file.metadata().unwrap();
+        assert_eq!((meta.mode() & 0o7777, meta.blocks()), (0o600, 0));
+    }
 }
