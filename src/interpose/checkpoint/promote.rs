@@ -14,7 +14,7 @@
 use super::HookError;
 use super::blocks::set_ignore_shared;
 use super::stream::{HEADER_BYTES, SECTION_TYPE, StreamError, at_timer_body, device_sections_at};
-use crate::vm::qmp::{Qmp, QmpError};
+use crate::vm::qmp::{COMMAND_DEADLINE, Qmp, QmpError};
 use serde_json::{Value, json};
 use std::fmt;
 use std::io::{self, Write};
@@ -84,7 +84,7 @@ pub struct PromoteTimings {
     pub load_us: u64,
     /// The caller's hook.
     pub hook_us: u64,
-    /// `cont`.
+    /// `cont` until QEMU reported RESUME.
     pub cont_us: u64,
     /// All of it.
     pub total_us: u64,
@@ -169,9 +169,7 @@ impl Incoming {
         hook().map_err(PromoteError::Hook)?;
         let hook_us = micros(mark);
         let mark = Instant::now();
-        self.qmp
-            .execute("cont", Value::Null)
-            .map_err(error("cont"))?;
+        self.let_run().map_err(error("cont"))?;
         let timings = PromoteTimings {
             feed_us,
             load_us,
@@ -179,10 +177,15 @@ impl Incoming {
             cont_us: micros(mark),
             total_us: micros(begun),
         };
-        // Tidy only: whoever migrates from here sets the capability as needed, and the guest
-        // runs by now, so a refusal must not look like a failed promotion.
-        let _ = set_ignore_shared(&mut self.qmp, false);
         Ok((self.qmp, timings))
+    }
+
+    /// The guest runs once QEMU says RESUME (0.1 ms); the answer to `cont` came up to 30 ms
+    /// later, with the first vCPU busy translating under QEMU's lock.
+    fn let_run(&mut self) -> Result<(), QmpError> {
+        self.qmp.arm("cont", Value::Null)?;
+        self.qmp.fire()?;
+        self.qmp.complete_at_event("RESUME", COMMAND_DEADLINE)
     }
 
     fn feed(&mut self, parts: &[&[u8]]) -> io::Result<()> {

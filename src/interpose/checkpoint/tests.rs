@@ -35,12 +35,12 @@ fn fails_over(machine: &str) {
     let mut last = Counters::of(&primary.ram()).rounds;
     let mut cut = None;
     for _ in 0..5 {
+        primary.until("rounds before the cut", |c| c.rounds > last);
         let taken = checkpointer.cut(&mut hooks).expect("cut");
         assert!(taken.was_running);
         let rounds = Counters::of(&hooks.ram).rounds;
         assert!(rounds > last, "the guest ran between the cuts");
         last = rounds;
-        primary.until("rounds after the cut", |c| c.rounds > rounds);
         cut = Some(taken);
     }
     assert_eq!((hooks.stopped, hooks.resumed), (5, 5));

@@ -240,6 +240,22 @@ impl Qmp {
         self.answer(&armed.name, armed.id, within, Instant::now() + within)
     }
 
+    /// As [`Self::complete`], but content with the event `event`, if that comes before the
+    /// answer: QEMU reports what it has done at once, while its answer waits for its lock,
+    /// which a guest just started holds for long.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub fn complete_at_event(&mut self, event: &str, within: Duration) -> Result<(), QmpError> {
+        let Some(armed) = self.armed.take_if(|armed| armed.fired_at.is_some()) else {
+            return Err(QmpError::OutOfTurn {
+                command: "(complete)".to_owned(),
+                why: "no typed-ahead command has been fired",
+            });
+        };
+        self.answer_or_event(&armed.name, armed.id, event, within)
+    }
+
     /// Takes back a command that was typed but not fired. QEMU's lexer gives up a
     /// half-typed message at a byte that cannot occur in UTF-8 and answers with an error
     /// (QEMU qobject/json-lexer.c).

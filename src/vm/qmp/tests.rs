@@ -275,3 +275,33 @@ fn a_descriptor_travels_with_its_command() {
     other.read_to_string(&mut text).expect("read");
     assert_eq!(text, "through");
 }
+
+#[test]
+fn an_event_may_stand_for_an_answer_that_is_late() {
+    let (mut qmp, peer) = with_peer(|read, write| {
+        let first = read_message(read);
+        say(write, "{\"event\": \"RESUME\"}\r\n");
+        let second = read_message(read);
+        answer(write, &first, &json!("late"));
+        answer(write, &second, &json!("right"));
+        let id = read_message(read)["id"].clone();
+        let error = json!({"class": "GenericError", "desc": "reset required"});
+        say(
+            write,
+            &format!("{}\r\n", json!({ "error": error, "id": id })),
+        );
+    });
+    qmp.arm("cont", Value::Null).expect("arm");
+    qmp.fire().expect("fire");
+    qmp.complete_at_event("RESUME", PATIENCE).expect("event");
+    let value = qmp.execute("query-status", Value::Null).expect("answer");
+    assert_eq!(value, "right");
+    qmp.wait_event("RESUME", PATIENCE).expect("still queued");
+    qmp.arm("cont", Value::Null).expect("arm");
+    qmp.fire().expect("fire");
+    let error = qmp
+        .complete_at_event("RESUME", PATIENCE)
+        .expect_err("refused");
+    assert!(error.to_string().contains("reset required"), "{error}");
+    peer.join().expect("peer");
+}

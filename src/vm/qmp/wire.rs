@@ -63,27 +63,60 @@ impl Qmp {
         end: Instant,
     ) -> Result<Value, QmpError> {
         loop {
-            let mut message = self.next_message(command, within, end)?;
+            let message = self.next_message(command, within, end)?;
             // QEMU leaves the id out only if it could not read the command.
             match message.get("id").and_then(Value::as_u64) {
                 Some(other) if other != id => continue,
                 _ => {}
             }
-            if let Some(value) = message.get_mut("return") {
-                return Ok(value.take());
+            return self.verdict(command, message);
+        }
+    }
+
+    /// What an answer says.
+    fn verdict(&mut self, command: &str, mut message: Value) -> Result<Value, QmpError> {
+        if let Some(value) = message.get_mut("return") {
+            return Ok(value.take());
+        }
+        let text = |key: &str| -> String {
+            let error = message.get("error").and_then(|error| error.get(key));
+            error.and_then(Value::as_str).unwrap_or("").to_owned()
+        };
+        if message.get("error").is_some() {
+            return Err(QmpError::Refused {
+                command: command.to_owned(),
+                class: text("class"),
+                desc: text("desc"),
+            });
+        }
+        Err(self.garbage(command, message.to_string().as_bytes()))
+    }
+
+    /// Waits for an event or the answer with this id, whichever comes first. An answer that
+    /// comes later is dropped like that of any command given up. The event stays queued.
+    pub(super) fn answer_or_event(
+        &mut self,
+        command: &str,
+        id: u64,
+        event: &str,
+        within: Duration,
+    ) -> Result<(), QmpError> {
+        let end = Instant::now() + within;
+        loop {
+            let held = self.next_held(command)?;
+            if self.events.iter().any(|queued| queued.name == event) {
+                return Ok(());
             }
-            let text = |key: &str| -> String {
-                let error = message.get("error").and_then(|error| error.get(key));
-                error.and_then(Value::as_str).unwrap_or("").to_owned()
-            };
-            if message.get("error").is_some() {
-                return Err(QmpError::Refused {
-                    command: command.to_owned(),
-                    class: text("class"),
-                    desc: text("desc"),
-                });
+            match held {
+                Some(message) if message.get("id").and_then(Value::as_u64) == Some(id) => {
+                    return self.verdict(command, message).map(drop);
+                }
+                Some(_) => continue,
+                None => {}
             }
-            return Err(self.garbage(command, message.to_string().as_bytes()));
+            if !self.receive(command)? {
+                self.wait(command, libc::POLLIN, within, end)?;
+            }
         }
     }
 
