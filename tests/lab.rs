@@ -1,6 +1,9 @@
 //! Labs with real namespaces: what a power cut, a cut link, a freeze and a crash do.
 //! Needs root, as `make test` says.
 
+// Helpers outside of #[test] functions unwrap too.
+#![allow(clippy::unwrap_used)]
+
 use pollux::lab::{
     DaemonState, HostPower, KeepPolicy, Lab, LabError, LabSpec, MonotonicNs, OUTSIDE, Place,
     TakenDown, in_network, take_down,
