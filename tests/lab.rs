@@ -1,6 +1,9 @@
 //! Labs with real namespaces: what a power cut, a cut link, a freeze and a crash do.
 //! Needs root, as `make test` says.
 
+// Helpers outside of #[test] functions unwrap too.
+#![allow(clippy::unwrap_used)]
+
 use pollux::lab::{
     DaemonState, HostPower, KeepPolicy, Lab, LabError, LabSpec, MonotonicNs, OUTSIDE, Place,
     TakenDown, in_network, take_down,
@@ -474,14 +477,14 @@ fn a_killed_keeper_leaves_no_process_mount_or_interface() {
 
 #[test]
 fn a_lab_dies_with_its_creator() {
-    let tmp = tempfile::tempdir().unwrap();
-    let dir = tmp.path().join("lab");
     if let Some(dir) = std::env::var_os("POLLUX_TEST_CREATOR") {
         let _lab = Lab::up(spec(Path::new(&dir))).unwrap();
         println!("up");
         std::thread::sleep(PATIENCE * 10);
         return;
     }
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("lab");
     // This very test, in a process of its own, is the creator.
     let mut creator = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "a_lab_dies_with_its_creator", "--nocapture"])

@@ -7,6 +7,7 @@
 
 pub mod checks;
 pub mod client;
+mod clients;
 pub mod env;
 pub mod log;
 pub mod report;

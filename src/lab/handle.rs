@@ -3,13 +3,15 @@
 use super::clock::MonotonicNs;
 use super::dir::{self, Found, TakenDown};
 use super::spec::{HostNet, KeepPolicy, LabPlan, LabSpec, Place, check_name, default_dir};
-use super::wire::{Addressed, LabStatus, LinkName, Process, Reply, Request, receive, send};
+use super::wire::{
+    Addressed, LabStatus, LinkName, Process, Reply, Request, kill_peer, receive, send,
+};
 use super::{EXEC_COMMAND, KEEPER_COMMAND, LabError, net};
 use crate::pool::HostName;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
@@ -21,8 +23,6 @@ const UP_TIMEOUT: Duration = Duration::from_secs(60);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(45);
 /// After this a keeper that was told to end is killed.
 const DOWN_TIMEOUT: Duration = Duration::from_secs(10);
-/// linux: asm-generic/socket.h, since Linux 6.5.
-const SO_PEERPIDFD: libc::c_int = 77;
 
 /// A lab that is up. Dropping the value of [`Lab::up`] takes a lab of
 /// [`KeepPolicy::WithCreator`] down; dropping one of [`Lab::open`] does nothing.
@@ -463,40 +463,4 @@ fn name_of(dir: &Path) -> String {
         .into_owned();
     last.strip_prefix("pollux-lab-")
         .map_or(last.clone(), str::to_owned)
-}
-
-/// Kill the process that listens at the other end, by a pidfd from the socket itself.
-fn kill_peer(stream: &UnixStream) -> io::Result<()> {
-    let mut fd: libc::c_int = -1;
-    let mut length = libc::socklen_t::try_from(size_of::<libc::c_int>()).unwrap_or(4);
-    // SAFETY: `fd` and `length` are live and describe an int, which is what this option returns.
-    let got = unsafe {
-        libc::getsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_PEERPIDFD,
-            (&raw mut fd).cast(),
-            &raw mut length,
-        )
-    };
-    if got != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor for us.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: a signal to a pidfd; no memory is passed.
-    let sent = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            libc::SIGKILL,
-            0,
-            0,
-        )
-    };
-    if sent == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
 }

@@ -14,6 +14,7 @@
 //! some system calls return EINTR after the thaw (signal(7)).
 
 use super::clock::MonotonicNs;
+use super::launch::{StepError, step};
 use super::net;
 use super::spec::{HostNet, LabPlan};
 use super::wire::{DaemonState, InitReply, InitRequest, Process, receive, send};
@@ -55,12 +56,6 @@ pub fn host_init_main(plan: &LabPlan, host: &HostNet, channel: &UnixStream) -> i
             1
         }
     }
-}
-
-type StepError = (String, String);
-
-fn step<E: std::fmt::Display>(what: impl Into<String>) -> impl FnOnce(E) -> StepError {
-    move |e| (what.into(), e.to_string())
 }
 
 fn run(plan: &LabPlan, host: &HostNet, channel: &UnixStream) -> Result<(), StepError> {

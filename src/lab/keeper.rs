@@ -8,9 +8,10 @@
 
 use super::clock::MonotonicNs;
 use super::dir;
-use super::init::host_init_main;
+use super::launch::{StepError, step};
 use super::net::{self, Port};
-use super::spec::{HostNet, KeepPolicy, LabPlan, OUTSIDE};
+use super::power::{INIT_TIMEOUT, ask, pidfd_open};
+use super::spec::{KeepPolicy, LabPlan, OUTSIDE};
 use super::wire::{
     Addressed, DaemonState, HostPower, HostStatus, InitReply, InitRequest, LabStatus, LinkName,
     LinkStatus, Reply, Request, receive, send,
@@ -19,128 +20,41 @@ use crate::pool::HostName;
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, fork, setsid};
-use std::ffi::{CString, OsString};
+use nix::unistd::Pid;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// A user of the lab has this long to state its request or take the answer.
 const USER_TIMEOUT: Duration = Duration::from_secs(2);
-/// A host's init has this long to answer; starting a host on a busy machine is the longest.
-const INIT_TIMEOUT: Duration = Duration::from_secs(20);
-/// Before a power cut the host is stopped; if its init does not do that in this time, the cut goes on.
-const CUT_STOP_TIMEOUT: Duration = Duration::from_millis(500);
-
-type StepError = (String, String);
-
-fn step<E: std::fmt::Display>(what: impl Into<String>) -> impl FnOnce(E) -> StepError {
-    move |e| (what.into(), e.to_string())
-}
-
-/// The hidden subcommand `lab-keeper`: takes the plan and the directory's lock from
-/// the socket on its standard input, becomes the launcher and forks the keeper.
-/// Returns the exit status. The process must have one thread.
-#[must_use]
-pub fn keeper_main(_args: &[OsString]) -> i32 {
-    // SAFETY: descriptor 0 is ours alone; nothing in this process reads standard input.
-    let life = UnixStream::from(unsafe { OwnedFd::from_raw_fd(0) });
-    let (plan, lock) = match receive::<LabPlan>(&life) {
-        Ok((plan, Some(lock))) => (plan, File::from(lock)),
-        Ok((_, None)) | Err(_) => {
-            eprintln!(
-                "pollux {}: started by `pollux lab up` only",
-                super::KEEPER_COMMAND
-            );
-            return 2;
-        }
-    };
-    match launch(&plan, &life, lock) {
-        Ok(status) => status,
-        Err((step, message)) => {
-            eprintln!("keeper: {step}: {message}");
-            let _ = send(&life, &Reply::Failed { step, message }, None);
-            1
-        }
-    }
-}
-
-fn launch(plan: &LabPlan, life: &UnixStream, lock: File) -> Result<i32, StepError> {
-    // Away from the creator's terminal: its Ctrl-C is not for us.
-    setsid().map_err(step("starting a session"))?;
-    unshare(CloneFlags::CLONE_NEWPID).map_err(step("making the lab's pid namespace"))?;
-    let (watch, alive) = io::pipe().map_err(step("making a pipe"))?;
-    // SAFETY: this process has one thread, so the child may do anything.
-    match unsafe { fork() }.map_err(step("forking the keeper"))? {
-        ForkResult::Parent { child } => {
-            drop((lock, watch));
-            let _alive = alive;
-            // Let go of the life line: only the keeper holds it from here on.
-            // SAFETY: 0 is a valid descriptor that `life` owns; it is replaced, not freed, so that stays true.
-            unsafe {
-                libc::dup2(
-                    File::open("/dev/null")
-                        .map_err(step("opening /dev/null"))?
-                        .as_raw_fd(),
-                    0,
-                )
-            };
-            loop {
-                match waitpid(child, None) {
-                    Ok(WaitStatus::Exited(_, code)) => return Ok(code),
-                    Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as i32),
-                    Ok(_) | Err(Errno::EINTR) => {}
-                    Err(e) => return Err(("waiting for the keeper".into(), e.to_string())),
-                }
-            }
-        }
-        ForkResult::Child => {
-            drop(alive);
-            let done = keep(plan, life, &lock, &watch);
-            if let Err((step, message)) = &done {
-                eprintln!("keeper: {step}: {message}");
-                let _ = send(
-                    life,
-                    &Reply::Failed {
-                        step: step.clone(),
-                        message: message.clone(),
-                    },
-                    None,
-                );
-            }
-            // Never return into the launcher's frames; the kernel ends every host with us.
-            std::process::exit(i32::from(done.is_err()));
-        }
-    }
-}
 
 /// One host while it has power.
-struct Running {
-    init: Pid,
-    pidfd: OwnedFd,
-    channel: UnixStream,
-    frozen: bool,
+pub(super) struct Running {
+    pub(super) init: Pid,
+    pub(super) pidfd: OwnedFd,
+    pub(super) channel: UnixStream,
+    pub(super) frozen: bool,
 }
 
-struct Keeper<'a> {
-    plan: &'a LabPlan,
-    ip: PathBuf,
-    hosts: Vec<Option<Running>>,
+pub(super) struct Keeper<'a> {
+    pub(super) plan: &'a LabPlan,
+    pub(super) ip: PathBuf,
+    pub(super) hosts: Vec<Option<Running>>,
     /// Ports taken off their switch on purpose; a power cycle does not heal them.
-    cut: Vec<Port>,
+    pub(super) cut: Vec<Port>,
     own_pidfd: OwnedFd,
-    own_pid_namespace: File,
+    pub(super) own_pid_namespace: File,
 }
 
-fn keep(
+pub(super) fn keep(
     plan: &LabPlan,
     life: &UnixStream,
     lock: &File,
@@ -390,128 +304,18 @@ impl Keeper<'_> {
             .map_err(step(format!("asking the init of host `{name}`")))
     }
 
-    fn ask_done(&self, index: usize, request: &InitRequest) -> Result<MonotonicNs, Reply> {
+    /// One request to a host's init and its answer.
+    pub(super) fn ask_done(
+        &self,
+        index: usize,
+        request: &InitRequest,
+    ) -> Result<MonotonicNs, Reply> {
         match self
             .ask(index, request)
             .map_err(|(step, message)| Reply::Failed { step, message })?
         {
             InitReply::Done { at_ns } => Ok(at_ns),
             other => Err(unexpected(&other)),
-        }
-    }
-
-    /// New namespaces on the same disks.
-    fn power_on(&mut self, index: usize) -> Result<MonotonicNs, StepError> {
-        let host = &self.plan.hosts[index];
-        let (channel, theirs) = UnixStream::pair().map_err(step("making a channel"))?;
-        channel
-            .set_read_timeout(Some(INIT_TIMEOUT))
-            .map_err(step("making a channel"))?;
-        // The next child is pid 1 of a new namespace; the ones after it are ours again.
-        unshare(CloneFlags::CLONE_NEWPID).map_err(step(format!(
-            "making the pid namespace of host `{}`",
-            host.name
-        )))?;
-        // SAFETY: the keeper has one thread, so the child may do anything.
-        let forked = unsafe { fork() };
-        if let Ok(ForkResult::Child) = forked {
-            become_init(self.plan, host, theirs);
-        }
-        setns(&self.own_pid_namespace, CloneFlags::CLONE_NEWPID)
-            .map_err(step("returning to the lab's pid namespace"))?;
-        drop(theirs);
-        let Ok(ForkResult::Parent { child }) = forked else {
-            return Err((
-                format!("forking the init of host `{}`", host.name),
-                forked.err().map_or(String::new(), |e| e.to_string()),
-            ));
-        };
-        let running = pidfd_open(child).map(|pidfd| Running {
-            init: child,
-            pidfd,
-            channel,
-            frozen: false,
-        });
-        self.hosts[index] = Some(running.map_err(step("opening a pidfd"))?);
-        let wired = self.wire(index, child);
-        if wired.is_err() {
-            let _ = self.power_cut(index);
-        }
-        wired
-    }
-
-    fn wire(&self, index: usize, init: Pid) -> Result<MonotonicNs, StepError> {
-        let host = &self.plan.hosts[index];
-        let Some(running) = &self.hosts[index] else {
-            return Err(("wiring".into(), "the host is off".into()));
-        };
-        let what = || format!("starting host `{}`", host.name);
-        match receive::<InitReply>(&running.channel)
-            .map_err(step(what()))?
-            .0
-        {
-            InitReply::Born => {}
-            InitReply::Failed { step, message } => {
-                return Err((format!("host `{}`: {step}", host.name), message));
-            }
-            other => return Err((what(), format!("its init said {other:?}"))),
-        }
-        net::ip_batch(
-            &self.ip,
-            &net::wire_script(self.plan, host, init.as_raw()),
-            false,
-        )
-        .map_err(step(what()))?;
-        for port in net::ports(self.plan, host) {
-            if !self.cut.contains(&port) {
-                net::set_port(&port, true)
-                    .map_err(step(format!("plugging {} into {}", port.name, port.bridge)))?;
-            }
-        }
-        match ask(&running.channel, &InitRequest::Wired, INIT_TIMEOUT).map_err(step(what()))? {
-            InitReply::Done { at_ns } => Ok(at_ns),
-            InitReply::Failed { step, message } => {
-                Err((format!("host `{}`: {step}", host.name), message))
-            }
-            other => Err((what(), format!("its init said {other:?}"))),
-        }
-    }
-
-    /// A dead host says no goodbye: first all its processes stop, then its cables come
-    /// off, and only then is it killed, so that no FIN, RST or ICMP of its dying
-    /// sockets reaches anyone. The instant returned is the stop.
-    fn power_cut(&mut self, index: usize) -> Result<MonotonicNs, StepError> {
-        let Some(running) = self.hosts[index].take() else {
-            return Ok(MonotonicNs::now());
-        };
-        let stopped = ask(&running.channel, &InitRequest::Freeze, CUT_STOP_TIMEOUT);
-        let at_ns = match stopped {
-            Ok(InitReply::Done { at_ns }) => at_ns,
-            _ => MonotonicNs::now(),
-        };
-        let host = &self.plan.hosts[index];
-        for port in net::ports(self.plan, host) {
-            // A port that is not there carries nothing either.
-            let _ = net::set_port(&port, false);
-        }
-        let _ = kill(running.init, Signal::SIGKILL);
-        // Returns once the kernel has ended and reaped everything in the namespace.
-        loop {
-            match waitpid(running.init, None) {
-                Err(Errno::EINTR) => {}
-                _ => break,
-            }
-        }
-        net::ip_batch(&self.ip, &net::unwire_script(self.plan, host), true)
-            .map_err(step(format!("removing the cables of host `{}`", host.name)))?;
-        Ok(at_ns)
-    }
-
-    fn cut_all(&mut self) {
-        for index in 0..self.hosts.len() {
-            if let Err((step, message)) = self.power_cut(index) {
-                eprintln!("keeper: {step}: {message}");
-            }
         }
     }
 
@@ -635,12 +439,6 @@ impl Running {
     }
 }
 
-fn ask(channel: &UnixStream, request: &InitRequest, limit: Duration) -> io::Result<InitReply> {
-    channel.set_read_timeout(Some(limit))?;
-    send(channel, request, None)?;
-    receive(channel).map(|(reply, _)| reply)
-}
-
 fn refused(host: &HostName, is: HostPower, todo: &str) -> Reply {
     Reply::HostState {
         host: host.clone(),
@@ -660,39 +458,4 @@ fn unexpected(reply: &InitReply) -> Reply {
             message: format!("it said {other:?}"),
         },
     }
-}
-
-/// In the forked child: keep the channel and the standard three, nothing else.
-fn become_init(plan: &LabPlan, host: &HostNet, channel: UnixStream) -> ! {
-    const CHANNEL: i32 = 3;
-    let raw = channel.into_raw_fd();
-    // SAFETY: plain descriptor calls. Every descriptor from 3 on belongs to values of the
-    // keeper's that this process never touches again, since this function never returns.
-    let channel = unsafe {
-        if raw != CHANNEL {
-            libc::dup2(raw, CHANNEL);
-        }
-        libc::fcntl(CHANNEL, libc::F_SETFD, libc::FD_CLOEXEC);
-        libc::close_range(4, libc::c_uint::MAX, 0);
-        // The life line on 0 is the keeper's alone.
-        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
-        libc::dup2(null, 0);
-        libc::close(null);
-        UnixStream::from_raw_fd(CHANNEL)
-    };
-    if let Ok(name) = CString::new(format!("pollux-{}", host.name)) {
-        let _ = prctl::set_name(&name);
-    }
-    std::process::exit(host_init_main(plan, host, &channel))
-}
-
-fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
-    // SAFETY: no memory is passed. The pid is our own or an unreaped child's.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
-    let fd = i32::try_from(fd).unwrap_or(-1);
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

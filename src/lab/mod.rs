@@ -27,7 +27,9 @@ mod error;
 mod handle;
 mod init;
 mod keeper;
+mod launch;
 mod net;
+mod power;
 mod spec;
 mod wire;
 
@@ -37,7 +39,7 @@ pub use enter::{exec_main, in_network};
 pub use error::LabError;
 pub use handle::{Lab, take_down};
 pub use init::host_init_main;
-pub use keeper::keeper_main;
+pub use launch::keeper_main;
 pub use spec::{
     GATEWAY, HOSTS_MAX, HostConfigFn, HostNet, KeepPolicy, LabId, LabPlan, LabSpec, OUTSIDE,
     PRIVATE_LINKS_MAX, Place, PrivateLink, check_name, default_dir,

@@ -27,6 +27,9 @@ pub(crate) struct Addressed {
     pub(crate) request: Request,
 }
 
+/// linux: asm-generic/socket.h, since Linux 6.5.
+const SO_PEERPIDFD: libc::c_int = 77;
+
 /// Asked of the keeper.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
@@ -274,6 +277,42 @@ pub(crate) fn receive<T: DeserializeOwned>(
                 format!("a message over {LINE_BYTES_MAX} bytes"),
             ));
         }
+    }
+}
+
+/// Kill the process that listens at the other end, by a pidfd from the socket itself.
+pub(crate) fn kill_peer(stream: &UnixStream) -> io::Result<()> {
+    let mut fd: libc::c_int = -1;
+    let mut length = libc::socklen_t::try_from(size_of::<libc::c_int>()).unwrap_or(4);
+    // SAFETY: `fd` and `length` are live and describe an int, which is what this option returns.
+    let got = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut fd).cast(),
+            &raw mut length,
+        )
+    };
+    if got != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: a signal to a pidfd; no memory is passed.
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            libc::SIGKILL,
+            0,
+            0,
+        )
+    };
+    if sent == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
     }
 }
 
