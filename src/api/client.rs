@@ -32,7 +32,7 @@ pub enum ClientError {
         source: std::io::Error,
     },
     /// The daemon refused.
-    #[error("{0}")]
+    #[error(transparent)]
     Refused(#[from] ApiError),
     /// The connection broke or the answer was no answer.
     #[error("the daemon at {socket} did not answer {method} {path}: {reason}")]

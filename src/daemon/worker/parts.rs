@@ -231,6 +231,14 @@ fn fresh_copy(image: &std::path::Path, size: u64) -> Result<(), String> {
         std::fs::create_dir_all(folder)
             .map_err(|e| format!("cannot create the image folder {}: {e}", folder.display()))?;
     }
+    if let Ok(meta) = std::fs::metadata(image)
+        && !meta.is_file()
+    {
+        return Err(format!(
+            "the standby's copy {} is not a regular file, and only files are replaced by seeding; give the disk a file on this host",
+            image.display()
+        ));
+    }
     match std::fs::remove_file(image) {
         Ok(()) => {}
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}

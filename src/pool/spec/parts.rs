@@ -1,7 +1,7 @@
 //! The tables of a spec: disks, NICs and the mirror policy.
 
 use super::fields::{Fields, Reader};
-use super::read::{SpecNote, label, needed, not_built, one_of, path};
+use super::read::{SpecNote, image_path, label, needed, not_built, one_of};
 use super::tree::Node;
 use super::values::{BRIDGE_BYTES_MAX, DISK_MAX, DISK_STEP, LABEL_RULE, MIB, SizeBytes};
 use super::{BadValue, Disk, DiskKind, Durability, MacAddr, MirrorPolicy, Nic};
@@ -45,13 +45,13 @@ pub(super) fn disk(
     let f = r.table(&prefix, node.span.clone(), entries, "a disk", DISK_KEYS);
     let name = r.text(&f, "name", label);
     let name = needed(r, &f, "name", name, "name the disk, like name = \"root\"");
-    let file = r.text(&f, "path", path);
+    let file = r.text(&f, "path", image_path);
     let file = needed(
         r,
         &f,
         "path",
         file,
-        "write the absolute path of a raw file or a block device",
+        "write the path of a raw file, absolute or below the host's image folder",
     );
     let size = r.size(&f, "size", |bytes| {
         if bytes.is_multiple_of(DISK_STEP) && (DISK_STEP..=DISK_MAX).contains(&bytes) {

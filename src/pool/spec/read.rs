@@ -143,6 +143,22 @@ pub(super) fn path(text: &str) -> Result<PathBuf, BadValue> {
     }
 }
 
+/// A disk's image: an absolute path, or one below the host's image folder.
+pub(super) fn image_path(text: &str) -> Result<PathBuf, BadValue> {
+    let leaves = text.split('/').any(|part| part == "..");
+    let fine = !text.is_empty()
+        && !leaves
+        && text.len() <= PATH_BYTES_MAX
+        && !text.chars().any(char::is_control);
+    if fine {
+        Ok(PathBuf::from(text))
+    } else {
+        Err(BadValue(format!(
+            "write an absolute path, or one below the host's image folder, without `..`, of at most {PATH_BYTES_MAX} bytes"
+        )))
+    }
+}
+
 /// One of `words`, else what is allowed in words.
 pub(super) fn one_of<T: Copy>(text: &str, words: &[(&str, T)]) -> Result<T, BadValue> {
     let found = words.iter().find(|(word, _)| *word == text);
