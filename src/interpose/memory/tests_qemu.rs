@@ -147,6 +147,14 @@ fn folder() -> tempfile::TempDir {
         .expect("tmpfs")
 }
 
+fn wait_until_dirty(tracker: &mut Tracker, pages: u64) {
+    let begun = Instant::now();
+    while tracker.dirty_estimate().expect("counted") < pages {
+        assert!(begun.elapsed() < PATIENCE, "the guest does not run");
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn a_guest_writing_flat_out_is_copied_exactly_at_every_checkpoint() {
     let folder = folder();
@@ -162,11 +170,7 @@ fn a_guest_writing_flat_out_is_copied_exactly_at_every_checkpoint() {
     let mut staging = Staging::new(RAM_PAGES, RAM_PAGES).expect("made");
 
     // Until the boot sector runs: it dirties nearly all of 1..64 MiB at once.
-    let begun = Instant::now();
-    while tracker.dirty_estimate().expect("counted") < 10_000 {
-        assert!(begun.elapsed() < PATIENCE, "the guest does not boot");
-        std::thread::yield_now();
-    }
+    wait_until_dirty(&mut tracker, 10_000);
     let mut sink = |index: u64, page: &Page| mirror.write_page(index, page);
     let limits = SeedLimits {
         rounds_max: 2,
@@ -177,9 +181,11 @@ fn a_guest_writing_flat_out_is_copied_exactly_at_every_checkpoint() {
         if round % 3 == 1 {
             tracker.precopy(&mut staging).expect("copied");
         }
+        // On a busy host the vCPU may wait long for its turn.
+        wait_until_dirty(&mut tracker, 1);
         qemu.execute("stop");
-        let stats = tracker.collect(&mut staging).expect("collected");
-        assert!(stats.pages > 0, "the guest stands still");
+        tracker.collect(&mut staging).expect("collected");
+        assert!(!staging.is_empty());
         for (index, page) in staging.iter() {
             mirror.write_page(index, page).expect("written");
         }
