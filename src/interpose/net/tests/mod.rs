@@ -8,8 +8,8 @@ use crate::pool::{Epoch, Generation};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// EtherType for local experiments (IEEE 802): nothing else in the namespace speaks it.
@@ -116,6 +116,8 @@ pub(super) struct TestPort {
     pub folder: tempfile::TempDir,
     pub waiting: Arc<AtomicU64>,
     pub ingress: Arc<AtomicU64>,
+    /// Held, it stops the port's thread in its first hook: only the cut empties the socket then.
+    pub thread_stop: Arc<Mutex<()>>,
 }
 
 pub(super) fn test_port(mode: NetMode) -> TestPort {
@@ -124,11 +126,14 @@ pub(super) fn test_port(mode: NetMode) -> TestPort {
     let qemu = UnixDatagram::bind(&qemu_sock).expect("QEMU's socket");
     qemu.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     let (waiting, ingress) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let thread_stop = Arc::new(Mutex::new(()));
+    let stop = Arc::clone(&thread_stop);
     let (w, i) = (Arc::clone(&waiting), Arc::clone(&ingress));
     let hooks = NetHooks {
         on_output_waiting: Some(Arc::new(move |nic| {
             assert_eq!(nic, 3);
             w.fetch_add(1, SeqCst);
+            drop(stop.lock());
         })),
         on_ingress: Some(Arc::new(move |nic, _| {
             assert_eq!(nic, 3);
@@ -158,6 +163,7 @@ pub(super) fn test_port(mode: NetMode) -> TestPort {
         folder,
         waiting,
         ingress,
+        thread_stop,
     }
 }
 

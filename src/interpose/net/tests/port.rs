@@ -55,6 +55,25 @@ fn nothing_leaves_before_its_release_then_all_in_order_once() {
     });
 }
 
+/// The port's thread is stopped, so what the cut does not take itself would be missing.
+#[test]
+fn a_cut_takes_what_is_still_in_the_socket() {
+    in_namespace(|| {
+        let test = test_port(NetMode::Hold { epoch: epoch(1) });
+        let stopped = test.thread_stop.lock().expect("no panic");
+        test.guest_sends(&frame(0));
+        while test.waiting.load(SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        for n in 1..5 {
+            test.guest_sends(&frame(n));
+        }
+        let held = test.port.cut(epoch(2));
+        drop(stopped);
+        assert_eq!(held.expect("a cut"), 5);
+    });
+}
+
 #[test]
 fn output_is_told_once_an_epoch() {
     in_namespace(|| {
