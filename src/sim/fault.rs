@@ -42,8 +42,8 @@ impl World {
                 let length = Micros(self.rng.between(20_000, 1_500_000));
                 self.after(length, Event::Heal(Heal::Registry));
             }
-            8 => self.to_primary(self.alive_on, PrimaryInput::Unprotect),
-            9 => self.to_primary(self.alive_on, PrimaryInput::Switchover),
+            8 => self.tell_primary(self.alive_on, PrimaryInput::Unprotect),
+            9 => self.tell_primary(self.alive_on, PrimaryInput::Switchover),
             10 => {
                 let reason = String::from("by chance");
                 let died = PrimaryInput::GuestDied {
@@ -54,11 +54,11 @@ impl World {
                 } else {
                     died
                 };
-                self.to_machine(host, died, StandbyInput::StandbyGuestDied { reason });
+                self.tell_machine(host, died, StandbyInput::StandbyGuestDied { reason });
             }
             _ => {
                 let for_ = Micros(self.rng.between(1000, 500_000));
-                self.to_machine(
+                self.tell_machine(
                     host,
                     PrimaryInput::SelfStalled { for_ },
                     StandbyInput::SelfStalled { for_ },
@@ -147,7 +147,7 @@ impl World {
                     let down = PrimaryInput::LinkDown {
                         reason: reason.clone(),
                     };
-                    self.to_machine(host, down, StandbyInput::LinkDown { reason });
+                    self.tell_machine(host, down, StandbyInput::LinkDown { reason });
                 }
             }
             Heal::Links => {
@@ -161,7 +161,7 @@ impl World {
                         self.after(delay, event);
                     }
                     if was_cut {
-                        self.to_machine(from, PrimaryInput::LinkUp, StandbyInput::LinkUp);
+                        self.tell_machine(from, PrimaryInput::LinkUp, StandbyInput::LinkUp);
                     }
                 }
             }
