@@ -64,7 +64,7 @@ impl World {
             Role::Primary { .. } => false,
             Role::Standby { machine, .. } => matches!(
                 machine.status(self.now).state,
-                StandbyState::Preparing | StandbyState::Seeding | StandbyState::StoodDown
+                StandbyState::Preparing | StandbyState::Seeding
             ),
         };
         if self.hosts.iter().all(useless) {

@@ -170,4 +170,24 @@ impl Primary {
             until,
         });
     }
+
+    pub(super) fn lag(&self, now: Micros) -> Option<Micros> {
+        let since = self
+            .committed_cut_at
+            .filter(|_| self.state.holds_output())?;
+        Some(now.since(since))
+    }
+
+    pub(super) fn check_lag(&mut self) {
+        let Some(lag) = self.lag(self.now) else {
+            self.lag_alerted = false;
+            return;
+        };
+        let lagging = lag >= self.config.timing.lag_alarm;
+        if lagging && !self.lag_alerted {
+            self.actions
+                .push_back(PrimaryAction::Alert(Alert::Lagging { lag }));
+        }
+        self.lag_alerted = lagging;
+    }
 }

@@ -439,26 +439,6 @@ impl Primary {
             .then(|| format!("epoch {} was not acknowledged in time", oldest.epoch))
     }
 
-    pub(super) fn lag(&self, now: Micros) -> Option<Micros> {
-        let since = self
-            .committed_cut_at
-            .filter(|_| self.state.holds_output())?;
-        Some(now.since(since))
-    }
-
-    pub(super) fn check_lag(&mut self) {
-        let Some(lag) = self.lag(self.now) else {
-            self.lag_alerted = false;
-            return;
-        };
-        let lagging = lag >= self.config.timing.lag_alarm;
-        if lagging && !self.lag_alerted {
-            self.actions
-                .push_back(PrimaryAction::Alert(Alert::Lagging { lag }));
-        }
-        self.lag_alerted = lagging;
-    }
-
     /// When `Tick` is due at the latest. Never later than half the detection time ahead
     /// while output is held, so that a freeze shows in the machine's own clock.
     #[must_use]
