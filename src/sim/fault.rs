@@ -27,7 +27,10 @@ impl World {
         } else {
             host
         };
-        match self.rng.between(0, 11) {
+        // A frozen host takes no news, so only faults from outside (0 to 7) happen to it.
+        let frozen = self.hosts.iter().any(|host| host.frozen_until > self.now);
+        let last = if frozen { 7 } else { 11 };
+        match self.rng.between(0, last) {
             0 => self.crash(host),
             1 | 2 => self.hosts[host].crash_in = Some(self.rng.between(0, 30)),
             3 => self.freeze(host),
@@ -45,6 +48,7 @@ impl World {
             8 => self.tell_primary(self.alive_on, PrimaryInput::Unprotect),
             9 => self.tell_primary(self.alive_on, PrimaryInput::Switchover),
             10 => {
+                self.harmed[host] = self.now;
                 let reason = String::from("by chance");
                 let died = PrimaryInput::GuestDied {
                     reason: reason.clone(),
@@ -80,6 +84,8 @@ impl World {
         if !it.up {
             return;
         }
+        self.harmed[host] = self.now;
+        let it = &mut self.hosts[host];
         it.up = false;
         it.role = Role::Idle;
         it.life += 1;

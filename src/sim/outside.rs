@@ -88,6 +88,8 @@ impl World {
         else {
             return;
         };
+        self.check_lost();
+        self.named_at = self.now;
         self.report.restarts += 1;
         let record = VmRecord::started(
             self.hosts[host].name.clone(),

@@ -200,6 +200,10 @@ pub struct World {
     pub(super) whole: BTreeMap<Generation, Epoch>,
     /// Truth: the host whose guest last came to life.
     pub(super) alive_on: usize,
+    /// Truth: when a host or a guest on it last died.
+    pub(super) harmed: [Micros; 2],
+    /// Truth: when the record was last written.
+    pub(super) named_at: Micros,
     pub(super) report: Report,
     pub(super) violation: Option<Violation>,
 }
@@ -241,6 +245,8 @@ impl World {
             checkpoints: BTreeMap::new(),
             whole: BTreeMap::new(),
             alive_on: 0,
+            harmed: [Micros::ZERO; 2],
+            named_at: Micros::ZERO,
             report: Report::default(),
             violation: None,
         };
@@ -401,7 +407,11 @@ impl World {
             Event::Heal(heal) => self.heal(heal),
             Event::RegistryEffect { id } => {
                 if let Some((request, outcome, _)) = self.requests.get_mut(&id) {
+                    let before = self.registry.record.version;
                     *outcome = Some(self.registry.execute(request));
+                    if self.registry.record.version != before {
+                        self.named_at = self.now;
+                    }
                 }
             }
             other => self.on_host(other),
