@@ -12,7 +12,7 @@
 //! is gone, who then get [`RegistryError::NotDone`].
 
 use super::format::{self, Entries, FILE_BYTES_MAX, KEY_BYTES_MAX, VALUE_BYTES_MAX};
-use super::{CasOutcome, Registry, RegistryError, Versioned};
+use super::{CasOutcome, Listing, Registry, RegistryError, Versioned};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -213,7 +213,7 @@ impl Registry for FileRegistry {
         Ok(CasOutcome::Won { version })
     }
 
-    fn list(&mut self, prefix: &str) -> Result<Vec<(String, Versioned<Vec<u8>>)>, RegistryError> {
+    fn list(&mut self, prefix: &str) -> Result<Listing, RegistryError> {
         let what = format!("list of {prefix}");
         let _lock = self.lock(&what)?;
         let entries = self.load(&what)?;

@@ -25,6 +25,9 @@ pub struct Versioned<T> {
     pub value: T,
 }
 
+/// Keys with their values, in byte order of the keys.
+pub type Listing = Vec<(String, Versioned<Vec<u8>>)>;
+
 /// How a compare-and-set ended, where that is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CasOutcome {
@@ -88,5 +91,5 @@ pub trait Registry: Send {
     ///
     /// # Errors
     /// [`RegistryError::NotDone`] if no answer could be had in time.
-    fn list(&mut self, prefix: &str) -> Result<Vec<(String, Versioned<Vec<u8>>)>, RegistryError>;
+    fn list(&mut self, prefix: &str) -> Result<Listing, RegistryError>;
 }

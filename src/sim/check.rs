@@ -131,6 +131,21 @@ impl World {
         }
     }
 
+    /// **nothing-lost**: the VM is gone from both hosts, so whoever the registry counts on
+    /// must have come to harm since (or shortly before, its last write still on its way).
+    pub(super) fn check_lost(&mut self) {
+        let record = &self.registry.record.value;
+        let holder = record.standby.as_ref().unwrap_or(&record.owner);
+        let harmed = (0..2)
+            .find(|host| self.hosts[*host].name == *holder)
+            .map(|host| self.harmed[host]);
+        let unharmed = harmed.is_some_and(|at| at + Micros::from_millis(1600) < self.named_at);
+        if unharmed && record.running {
+            let what = format!("nobody runs the VM although {holder} came to no harm: {record:?}");
+            self.violated("nothing-lost", what);
+        }
+    }
+
     /// **nothing-lost**: a primary stands down only before another owner.
     pub(super) fn check_deposed(&mut self, host: usize) {
         let record = &self.registry.record.value;

@@ -27,7 +27,10 @@ impl World {
         } else {
             host
         };
-        match self.rng.between(0, 11) {
+        // A frozen host takes no news, so only faults from outside (0 to 7) happen to it.
+        let frozen = self.hosts.iter().any(|host| host.frozen_until > self.now);
+        let last = if frozen { 7 } else { 11 };
+        match self.rng.between(0, last) {
             0 => self.crash(host),
             1 | 2 => self.hosts[host].crash_in = Some(self.rng.between(0, 30)),
             3 => self.freeze(host),
@@ -42,9 +45,10 @@ impl World {
                 let length = Micros(self.rng.between(20_000, 1_500_000));
                 self.after(length, Event::Heal(Heal::Registry));
             }
-            8 => self.to_primary(self.alive_on, PrimaryInput::Unprotect),
-            9 => self.to_primary(self.alive_on, PrimaryInput::Switchover),
+            8 => self.tell_primary(self.alive_on, PrimaryInput::Unprotect),
+            9 => self.tell_primary(self.alive_on, PrimaryInput::Switchover),
             10 => {
+                self.harmed[host] = self.now;
                 let reason = String::from("by chance");
                 let died = PrimaryInput::GuestDied {
                     reason: reason.clone(),
@@ -54,11 +58,11 @@ impl World {
                 } else {
                     died
                 };
-                self.to_machine(host, died, StandbyInput::StandbyGuestDied { reason });
+                self.tell_machine(host, died, StandbyInput::StandbyGuestDied { reason });
             }
             _ => {
                 let for_ = Micros(self.rng.between(1000, 500_000));
-                self.to_machine(
+                self.tell_machine(
                     host,
                     PrimaryInput::SelfStalled { for_ },
                     StandbyInput::SelfStalled { for_ },
@@ -80,6 +84,8 @@ impl World {
         if !it.up {
             return;
         }
+        self.harmed[host] = self.now;
+        let it = &mut self.hosts[host];
         it.up = false;
         it.role = Role::Idle;
         it.life += 1;
@@ -147,7 +153,7 @@ impl World {
                     let down = PrimaryInput::LinkDown {
                         reason: reason.clone(),
                     };
-                    self.to_machine(host, down, StandbyInput::LinkDown { reason });
+                    self.tell_machine(host, down, StandbyInput::LinkDown { reason });
                 }
             }
             Heal::Links => {
@@ -161,7 +167,7 @@ impl World {
                         self.after(delay, event);
                     }
                     if was_cut {
-                        self.to_machine(from, PrimaryInput::LinkUp, StandbyInput::LinkUp);
+                        self.tell_machine(from, PrimaryInput::LinkUp, StandbyInput::LinkUp);
                     }
                 }
             }

@@ -12,11 +12,13 @@
 mod check;
 mod fault;
 mod guest;
+mod outside;
 mod registry;
 mod rng;
 mod shell;
 #[cfg(test)]
 mod tests;
+mod wire;
 mod world;
 
 pub use guest::{Guest, GuestState};

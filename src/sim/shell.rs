@@ -3,26 +3,26 @@
 
 use super::guest::Guest;
 use super::registry::Request;
-use super::world::{Event, Message, Role, StandbyCopy, World};
+use super::world::{Event, Message, Role, World};
 use crate::mirror::primary::PrimaryEnd;
 use crate::mirror::{
-    APPLY_BACKLOG_MAX, Alert, ClaimOutcome, MAX_IN_FLIGHT, Micros, PrimaryAction, PrimaryInput,
-    Standby, StandbyAction, StandbyConfig, StandbyInput, Ticket, Timing, Verdict, VmRecord,
+    Alert, ClaimOutcome, Micros, PrimaryAction, PrimaryInput, StandbyAction, StandbyInput, Ticket,
+    VmRecord,
 };
-use crate::pool::{Epoch, Generation};
+use crate::pool::Epoch;
 
 /// All three parts of an epoch.
-const WHOLE: u8 = 0b111;
+pub(super) const WHOLE: u8 = 0b111;
 
 impl World {
-    pub(super) fn to_primary(&mut self, host: usize, input: PrimaryInput) {
+    pub(super) fn tell_primary(&mut self, host: usize, input: PrimaryInput) {
         if let Role::Primary { machine, .. } = &mut self.hosts[host].role {
             machine.handle(input, self.now);
             self.drain(host);
         }
     }
 
-    pub(super) fn to_standby(&mut self, host: usize, input: StandbyInput) {
+    pub(super) fn tell_standby(&mut self, host: usize, input: StandbyInput) {
         if let Role::Standby { machine, .. } = &mut self.hosts[host].role {
             machine.handle(input, self.now);
             self.drain(host);
@@ -78,30 +78,6 @@ impl World {
             self.freeze(host);
         }
         crash || freeze
-    }
-
-    pub(super) fn send(&mut self, from: usize, message: Message) {
-        let from_life = self.hosts[from].life;
-        let event = Event::Deliver {
-            to: 1 - from,
-            from_life,
-            message,
-        };
-        // A lost packet is sent again, later; lanes overtake each other.
-        let slow = self.rng.permille(30);
-        let delay = if slow {
-            self.rng.between(2000, 25_000)
-        } else {
-            self.rng.between(100, 900)
-        };
-        let direction = &mut self.directions[from];
-        if direction.cut {
-            if !direction.reset {
-                direction.stuck.push(event);
-            }
-            return;
-        }
-        self.after(Micros(delay), event);
     }
 
     fn ask(&mut self, host: usize, ticket: Ticket, write: Option<(u64, VmRecord)>) {
@@ -173,7 +149,8 @@ impl World {
             }
             PrimaryAction::Release { through, until } => {
                 if self.now >= until {
-                    return self.to_primary(host, PrimaryInput::SelfStalled { for_: Micros::ZERO });
+                    return self
+                        .tell_primary(host, PrimaryInput::SelfStalled { for_: Micros::ZERO });
                 }
                 let generation = *attempt;
                 self.check_release(host, generation, through);
@@ -318,22 +295,17 @@ impl World {
         match event {
             Event::Tick { host } => {
                 self.hosts[host].tick_at = Micros::MAX;
-                self.to_machine(host, PrimaryInput::Tick, StandbyInput::Tick);
+                self.tell_machine(host, PrimaryInput::Tick, StandbyInput::Tick);
             }
             Event::Continue { host, life } if life == self.hosts[host].life => self.drain(host),
             Event::Deliver {
                 to,
                 from_life,
                 message,
-            } => {
-                if self.hosts[to].up {
-                    // Sent by a machine that is no more: on the wire already, or not.
-                    if self.faults_on
-                        && from_life != self.hosts[1 - to].life
-                        && self.rng.permille(300)
-                    {
-                        return;
-                    }
+            } if self.hosts[to].up => {
+                // Sent by a machine that is no more: on the wire already, or not.
+                let orphan = self.faults_on && from_life != self.hosts[1 - to].life;
+                if !(orphan && self.rng.permille(300)) {
                     self.deliver(to, message);
                 }
             }
@@ -361,12 +333,12 @@ impl World {
                     } else {
                         PrimaryInput::SeedingConverged
                     };
-                    self.to_primary(host, input);
+                    self.tell_primary(host, input);
                 }
             }
             Event::StandbyUp { host, life, ok } if life == self.hosts[host].life => {
                 let reason = "by chance".into();
-                self.to_standby(
+                self.tell_standby(
                     host,
                     if ok {
                         StandbyInput::ShellReady
@@ -390,7 +362,7 @@ impl World {
                 {
                     let disk = copy.state.disk;
                     copy.state = super::GuestState { disk, ..state };
-                    self.to_standby(host, StandbyInput::Applied { epoch });
+                    self.tell_standby(host, StandbyInput::Applied { epoch });
                 }
             }
             Event::PromoteEnd {
@@ -404,7 +376,10 @@ impl World {
                 };
                 let (attempt, state) = (*attempt, copy.state);
                 self.check_promoted(host, attempt, epoch, state);
-                self.to_standby(host, StandbyInput::Promoted);
+                self.tell_standby(host, StandbyInput::Promoted);
+                if !self.hosts[host].up {
+                    return;
+                }
                 self.report.promotions += 1;
                 self.start_primary(host, record, state);
             }
@@ -430,7 +405,7 @@ impl World {
                     ticket,
                     outcome: outcome.clone(),
                 };
-                self.to_machine(host, input, StandbyInput::ClaimResult { ticket, outcome });
+                self.tell_machine(host, input, StandbyInput::ClaimResult { ticket, outcome });
             }
             _ => {}
         }
@@ -443,7 +418,7 @@ impl World {
         let generation = *attempt;
         guest.paused = false;
         let Some(stay_stopped) = taken else {
-            return self.to_primary(
+            return self.tell_primary(
                 host,
                 PrimaryInput::CutFailed {
                     epoch,
@@ -456,9 +431,9 @@ impl World {
         let state = guest.state;
         self.checkpoints.insert((generation, epoch), state);
         let busy = u16::try_from(self.rng.between(0, 1000)).unwrap_or(0);
-        self.to_primary(host, PrimaryInput::GuestBusy { permille: busy });
+        self.tell_primary(host, PrimaryInput::GuestBusy { permille: busy });
         let pages = self.rng.between(1, 500);
-        self.to_primary(
+        self.tell_primary(
             host,
             PrimaryInput::CutDone {
                 epoch,
@@ -469,7 +444,7 @@ impl World {
         );
         let encode = self.rng.permille(500);
         if encode {
-            self.to_primary(host, PrimaryInput::Sent { epoch });
+            self.tell_primary(host, PrimaryInput::Sent { epoch });
         }
         for part in 0..3 {
             self.send(
@@ -481,129 +456,6 @@ impl World {
                     state,
                 },
             );
-        }
-    }
-
-    fn deliver(&mut self, to: usize, message: Message) {
-        let standby_of = match &self.hosts[to].role {
-            Role::Standby { attempt, .. } => Some(*attempt),
-            _ => None,
-        };
-        let primary_of = match &self.hosts[to].role {
-            Role::Primary { attempt, .. } => Some(*attempt),
-            _ => None,
-        };
-        match message {
-            Message::Prepare(generation) => self.prepare(to, generation),
-            Message::Part {
-                generation,
-                epoch,
-                part,
-                state,
-            } => {
-                if standby_of == Some(generation) {
-                    self.part(to, generation, epoch, part, state);
-                }
-            }
-            // The machine itself has to tell old acknowledgements from new ones.
-            Message::Ack(generation, epoch) => {
-                self.to_primary(to, PrimaryInput::Acked { generation, epoch })
-            }
-            Message::Ready(g) if primary_of == Some(g) => {
-                self.to_primary(to, PrimaryInput::StandbyReady)
-            }
-            Message::Refused(g) if primary_of == Some(g) => {
-                self.to_primary(
-                    to,
-                    PrimaryInput::StandbyRefused {
-                        reason: "occupied".into(),
-                    },
-                );
-            }
-            Message::StandbyGone(g) if primary_of == Some(g) => {
-                self.to_primary(
-                    to,
-                    PrimaryInput::StandbyGone {
-                        reason: "it says so".into(),
-                    },
-                );
-            }
-            Message::Confirm(generation, epoch) => {
-                self.to_standby(to, StandbyInput::MirrorConfirmed { generation, epoch });
-            }
-            Message::Handover(session, generation, epoch) if standby_of == Some(session) => {
-                self.to_standby(to, StandbyInput::Handover { generation, epoch });
-            }
-            Message::Gone(g) if standby_of == Some(g) => {
-                self.to_standby(
-                    to,
-                    StandbyInput::PrimaryGone {
-                        reason: "it says so".into(),
-                    },
-                );
-            }
-            Message::Dismiss(g) if standby_of == Some(g) => {
-                self.to_standby(to, StandbyInput::Dismissed)
-            }
-            _ => {}
-        }
-    }
-
-    fn prepare(&mut self, host: usize, generation: Generation) {
-        match &self.hosts[host].role {
-            Role::Primary { .. } => return self.send(host, Message::Refused(generation)),
-            Role::Standby { attempt, .. } if *attempt >= generation => return,
-            Role::Standby { .. } | Role::Idle => {}
-        }
-        let config = StandbyConfig {
-            me: self.hosts[host].name.clone(),
-            primary: self.hosts[1 - host].name.clone(),
-            generation,
-            timing: Timing::DEFAULT,
-            max_in_flight: MAX_IN_FLIGHT,
-        };
-        let machine = Box::new(Standby::new(config, self.now));
-        self.hosts[host].life += 1;
-        self.hosts[host].role = Role::Standby {
-            machine,
-            attempt: generation,
-            copy: StandbyCopy::default(),
-        };
-        let (life, ok) = (self.hosts[host].life, !self.rng.permille(20));
-        let delay = Micros(self.rng.between(1000, 20_000));
-        self.after(delay, Event::StandbyUp { host, life, ok });
-        if self.hosts[host].verdict == Verdict::Lost {
-            self.to_standby(host, StandbyInput::PeerVerdict(Verdict::Lost));
-        }
-    }
-
-    fn part(
-        &mut self,
-        host: usize,
-        generation: Generation,
-        epoch: Epoch,
-        part: u8,
-        state: super::GuestState,
-    ) {
-        let Role::Standby { copy, .. } = &mut self.hosts[host].role else {
-            return;
-        };
-        let (parts, _) = copy.buffered.entry(epoch.0).or_insert((0, state));
-        *parts |= 1 << part;
-        let whole = *parts == WHOLE;
-        let buffered = copy.buffered.len();
-        if buffered as u64 > MAX_IN_FLIGHT as u64 + APPLY_BACKLOG_MAX {
-            self.violated(
-                "bounded",
-                format!("{buffered} epochs are buffered on the standby"),
-            );
-        }
-        if whole {
-            let newest = self.whole.entry(generation).or_default();
-            if epoch == newest.next() {
-                *newest = epoch;
-            }
-            self.to_standby(host, StandbyInput::EpochWhole { generation, epoch });
         }
     }
 }

@@ -5,8 +5,8 @@ use super::registry::{RegistryModel, Request};
 use super::rng::{Rng, mix};
 use super::{EVENTS_MAX, LIVENESS_BOUND, Report, SAFETY_PHASE, Violation};
 use crate::mirror::{
-    ClaimOutcome, Micros, Policy, Primary, PrimaryConfig, PrimaryInput, PrimaryState, Standby,
-    StandbyInput, StandbyState, Ticket, Timing, Verdict, Versioned, VmRecord,
+    ClaimOutcome, Micros, Policy, Primary, PrimaryConfig, PrimaryInput, Standby, StandbyInput,
+    Ticket, Timing, Verdict, Versioned, VmRecord,
 };
 use crate::pool::{Epoch, Generation, HostName};
 use std::collections::BTreeMap;
@@ -200,6 +200,10 @@ pub struct World {
     pub(super) whole: BTreeMap<Generation, Epoch>,
     /// Truth: the host whose guest last came to life.
     pub(super) alive_on: usize,
+    /// Truth: when a host or a guest on it last died.
+    pub(super) harmed: [Micros; 2],
+    /// Truth: when the record was last written.
+    pub(super) named_at: Micros,
     pub(super) report: Report,
     pub(super) violation: Option<Violation>,
 }
@@ -241,6 +245,8 @@ impl World {
             checkpoints: BTreeMap::new(),
             whole: BTreeMap::new(),
             alive_on: 0,
+            harmed: [Micros::ZERO; 2],
+            named_at: Micros::ZERO,
             report: Report::default(),
             violation: None,
         };
@@ -401,7 +407,11 @@ impl World {
             Event::Heal(heal) => self.heal(heal),
             Event::RegistryEffect { id } => {
                 if let Some((request, outcome, _)) = self.requests.get_mut(&id) {
+                    let before = self.registry.record.version;
                     *outcome = Some(self.registry.execute(request));
+                    if self.registry.record.version != before {
+                        self.named_at = self.now;
+                    }
                 }
             }
             other => self.on_host(other),
@@ -418,7 +428,7 @@ impl World {
         };
         if it.up && verdict != it.verdict {
             it.verdict = verdict;
-            self.to_machine(
+            self.tell_machine(
                 host,
                 PrimaryInput::PeerVerdict(verdict),
                 StandbyInput::PeerVerdict(verdict),
@@ -427,10 +437,15 @@ impl World {
     }
 
     /// Whichever machine the host runs gets its version of the news.
-    pub(super) fn to_machine(&mut self, host: usize, primary: PrimaryInput, standby: StandbyInput) {
+    pub(super) fn tell_machine(
+        &mut self,
+        host: usize,
+        primary: PrimaryInput,
+        standby: StandbyInput,
+    ) {
         match self.hosts[host].role {
-            Role::Primary { .. } => self.to_primary(host, primary),
-            Role::Standby { .. } => self.to_standby(host, standby),
+            Role::Primary { .. } => self.tell_primary(host, primary),
+            Role::Standby { .. } => self.tell_standby(host, standby),
             Role::Idle => {}
         }
     }
@@ -461,119 +476,14 @@ impl World {
         };
         self.alive_on = host;
         let verdict = self.hosts[host].verdict;
-        self.to_primary(host, PrimaryInput::PeerVerdict(verdict));
+        self.tell_primary(host, PrimaryInput::PeerVerdict(verdict));
         if self.directions[host].cut {
-            self.to_primary(
+            self.tell_primary(
                 host,
                 PrimaryInput::LinkDown {
                     reason: "cut".into(),
                 },
             );
         }
-    }
-
-    // ---- client ----
-
-    fn request(&mut self, number: u64, story: u64) {
-        if story != self.client.story {
-            return;
-        }
-        for host in 0..2 {
-            if !self.hosts[host].up || self.hosts[host].frozen_until > self.now {
-                continue;
-            }
-            let Role::Primary { guest, .. } = &mut self.hosts[host].role else {
-                continue;
-            };
-            if guest.paused {
-                // Waits in the virtual NIC.
-                let delay = Micros(self.rng.between(300, 2000));
-                self.after(delay, Event::Request { number, story });
-                continue;
-            }
-            if !guest.runs() {
-                continue;
-            }
-            let Some(answer) = guest.state.serve(number) else {
-                continue;
-            };
-            if guest.gated {
-                let epoch = guest.epoch;
-                guest.gate.push((epoch, answer));
-                self.to_primary(host, PrimaryInput::OutputWaiting);
-            } else {
-                self.leaves_direct(host, answer);
-            }
-        }
-    }
-
-    fn answered(&mut self, number: u64, story: u64) {
-        if story != self.client.story || number != self.client.next {
-            return;
-        }
-        self.report.answers += 1;
-        self.client.acked = number;
-        self.client.next += 1;
-        let number = self.client.next;
-        let think = Micros(self.rng.between(500, 15_000));
-        self.after(think, Event::Request { number, story });
-        self.after(
-            think + Micros(200_000),
-            Event::ClientResend { number, story },
-        );
-    }
-
-    // ---- operator ----
-
-    fn operator(&mut self) {
-        let delay = Micros(self.rng.between(50_000, 300_000));
-        self.after(delay, Event::Operator);
-        // A standby without a whole epoch is of no use once its primary is gone; the real
-        // shell learns from the broken session.
-        let useless = |host: &Host| match &host.role {
-            Role::Idle => true,
-            Role::Primary { .. } => false,
-            Role::Standby { machine, .. } => matches!(
-                machine.status(self.now).state,
-                StandbyState::Preparing | StandbyState::Seeding | StandbyState::StoodDown
-            ),
-        };
-        if self.hosts.iter().all(useless) {
-            return self.restart();
-        }
-        for host in 0..2 {
-            let Role::Primary { machine, .. } = &self.hosts[host].role else {
-                continue;
-            };
-            if machine.status(self.now).state == PrimaryState::Solo && self.hosts[1 - host].up {
-                let partner = self.hosts[1 - host].name.clone();
-                self.to_primary(host, PrimaryInput::Protect { partner });
-            }
-        }
-    }
-
-    /// Nothing holds the VM any more: start it from its disk, as high availability would.
-    fn restart(&mut self) {
-        let Some(host) =
-            (0..2).find(|host| self.hosts[*host].up && self.hosts[*host].frozen_until <= self.now)
-        else {
-            return;
-        };
-        self.report.restarts += 1;
-        let record = VmRecord::started(
-            self.hosts[host].name.clone(),
-            Some(&self.registry.record.value),
-        );
-        self.registry.put(record);
-        let story = self.client.story + 1;
-        self.client = Client {
-            story,
-            next: 1,
-            acked: 0,
-        };
-        let record = self.registry.record.clone();
-        self.start_primary(host, record, GuestState::default());
-        self.after(Micros(100), Event::Request { number: 1, story });
-        self.after(Micros(200_000), Event::ClientResend { number: 1, story });
     }
 }

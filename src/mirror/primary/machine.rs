@@ -3,19 +3,18 @@
 use super::{PrimaryAction, PrimaryConfig, PrimaryEnd, PrimaryInput, PrimaryState, PrimaryStatus};
 use crate::mirror::sabotage::{Bug, sabotaged};
 use crate::mirror::{
-    Alert, CUT_FAILURES_MAX, Micros, PREPARE_PATIENCE, REGISTRY_RETRY_MIN, Schedule, Ticket,
-    Verdict, Versioned, VmRecord,
+    Alert, Micros, REGISTRY_RETRY_MIN, Schedule, Ticket, Verdict, Versioned, VmRecord,
 };
 use crate::pool::{Epoch, Generation, HostName};
 use std::collections::VecDeque;
 
 /// An epoch that is cut and not yet acknowledged.
 #[derive(Clone, Copy, Debug)]
-struct InFlight {
-    epoch: Epoch,
-    cut_at: Micros,
+pub(super) struct InFlight {
+    pub(super) epoch: Epoch,
+    pub(super) cut_at: Micros,
     /// No later than the moment its last byte could have left.
-    sent_at: Micros,
+    pub(super) sent_at: Micros,
 }
 
 /// What one registry operation is for.
@@ -66,24 +65,24 @@ pub struct Primary {
     pub(super) partner: Option<HostName>,
     /// Of the attempt, or of the tenure while solo.
     pub(super) generation: Generation,
-    schedule: Schedule,
+    pub(super) schedule: Schedule,
     /// Asked for and not yet done.
-    cutting: Option<(Epoch, Micros)>,
-    last_cut: Epoch,
-    in_flight: VecDeque<InFlight>,
-    committed: Epoch,
-    committed_cut_at: Option<Micros>,
+    pub(super) cutting: Option<(Epoch, Micros)>,
+    pub(super) last_cut: Epoch,
+    pub(super) in_flight: VecDeque<InFlight>,
+    pub(super) committed: Epoch,
+    pub(super) committed_cut_at: Option<Micros>,
     /// Rule 5: the newest acknowledgement is good until then.
-    fresh_until: Micros,
-    released: Epoch,
-    cut_failures: u32,
+    pub(super) fresh_until: Micros,
+    pub(super) released: Epoch,
+    pub(super) cut_failures: u32,
     /// The last epoch of a switchover, once its cut is asked for.
-    last_epoch: Option<Epoch>,
+    pub(super) last_epoch: Option<Epoch>,
     /// An acknowledgement that came before its own `CutDone`.
-    early_ack: Option<Epoch>,
-    peer: Verdict,
-    link_down_since: Option<Micros>,
-    prepare_until: Micros,
+    pub(super) early_ack: Option<Epoch>,
+    pub(super) peer: Verdict,
+    pub(super) link_down_since: Option<Micros>,
+    pub(super) prepare_until: Micros,
     pub(super) op: Option<Pending>,
     pub(super) next_ticket: u64,
     pub(super) retry_at: Micros,
@@ -96,12 +95,12 @@ pub struct Primary {
     /// Stands since a cut with `stay_stopped`.
     pub(super) guest_stopped: bool,
     /// A cut of a given-up attempt without an answer yet; true if it leaves the guest stopped.
-    stray_cut: Option<bool>,
-    lag_alerted: bool,
+    pub(super) stray_cut: Option<bool>,
+    pub(super) lag_alerted: bool,
     pub(super) unreachable_alerted: bool,
     pub(super) last_reason: Option<String>,
     pub(super) actions: VecDeque<PrimaryAction>,
-    promised_wakeup: Micros,
+    pub(super) promised_wakeup: Micros,
 }
 
 impl Primary {
@@ -198,7 +197,7 @@ impl Primary {
         debug_assert!(self.in_flight.len() <= self.config.max_in_flight.max(1));
     }
 
-    fn apply(&mut self, input: PrimaryInput) {
+    pub(super) fn apply(&mut self, input: PrimaryInput) {
         use PrimaryState as S;
         match input {
             PrimaryInput::Tick => {}
@@ -265,14 +264,14 @@ impl Primary {
 
     // ---- operator ----
 
-    fn refuse(&mut self, what: &'static str, reason: impl Into<String>) {
+    pub(super) fn refuse(&mut self, what: &'static str, reason: impl Into<String>) {
         self.actions.push_back(PrimaryAction::Alert(Alert::Refused {
             what,
             reason: reason.into(),
         }));
     }
 
-    fn protect(&mut self, partner: HostName) {
+    pub(super) fn protect(&mut self, partner: HostName) {
         if self.state != PrimaryState::Solo {
             return self.refuse(
                 "protect",
@@ -294,7 +293,7 @@ impl Primary {
         self.become_(PrimaryState::Reserving);
     }
 
-    fn unprotect(&mut self) {
+    pub(super) fn unprotect(&mut self) {
         use PrimaryState as S;
         match self.state {
             S::Reserving | S::Preparing | S::Seeding | S::FirstEpoch => {
@@ -309,7 +308,7 @@ impl Primary {
         }
     }
 
-    fn switchover(&mut self) {
+    pub(super) fn switchover(&mut self) {
         if self.state == PrimaryState::Mirrored && self.probe.is_none() {
             self.probe = Some(Wish::Switchover);
         } else {
@@ -341,12 +340,12 @@ impl Primary {
 
     // ---- the guest and this process ----
 
-    fn stalled(&mut self) {
+    pub(super) fn stalled(&mut self) {
         self.verify = true;
         self.stalls += 1;
     }
 
-    fn guest_died(&mut self, reason: String) {
+    pub(super) fn guest_died(&mut self, reason: String) {
         if self.state.holds_output() {
             self.actions.push_back(PrimaryAction::TellGone {
                 reason: reason.clone(),
@@ -364,7 +363,7 @@ impl Primary {
         self.stand_down(PrimaryEnd::GuestGone);
     }
 
-    fn guest_shutdown(&mut self) {
+    pub(super) fn guest_shutdown(&mut self) {
         use PrimaryState as S;
         if matches!(
             self.state,
@@ -376,296 +375,10 @@ impl Primary {
         self.become_(S::Ending);
     }
 
-    // ---- epochs ----
-
-    fn begin_epochs(&mut self) {
-        self.cutting = None;
-        self.last_cut = Epoch(0);
-        self.in_flight.clear();
-        self.committed = Epoch(0);
-        self.committed_cut_at = None;
-        self.fresh_until = Micros::ZERO;
-        self.released = Epoch(0);
-        self.cut_failures = 0;
-        self.last_epoch = None;
-        self.early_ack = None;
-        self.become_(PrimaryState::FirstEpoch);
-        self.cut(false);
-    }
-
-    fn cut(&mut self, stay_stopped: bool) {
-        let epoch = self.last_cut.next();
-        self.cutting = Some((epoch, self.now));
-        self.schedule.cut_begun();
-        if stay_stopped {
-            self.last_epoch = Some(epoch);
-        }
-        self.actions.push_back(PrimaryAction::Cut {
-            epoch,
-            stay_stopped,
-        });
-    }
-
-    fn cut_done(&mut self, epoch: Epoch, pause: Micros, pages: u64) {
-        if let Some(stays_stopped) = self.stray_cut.take() {
-            if stays_stopped {
-                self.actions.push_back(PrimaryAction::Resume);
-            }
-            return;
-        }
-        let Some((cutting, cut_at)) = self.cutting else {
-            return;
-        };
-        if cutting != epoch {
-            return;
-        }
-        self.cutting = None;
-        self.cut_failures = 0;
-        self.last_cut = epoch;
-        self.guest_stopped = self.last_epoch == Some(epoch);
-        self.schedule.cut_done(self.now, pause, pages);
-        self.in_flight.push_back(InFlight {
-            epoch,
-            cut_at,
-            sent_at: cut_at,
-        });
-        if sabotaged(Bug::ReleaseBeforeAck) && self.state == PrimaryState::Mirrored {
-            self.actions.push_back(PrimaryAction::Release {
-                through: epoch,
-                until: Micros::MAX,
-            });
-        }
-        if let Some(early) = self.early_ack.take() {
-            self.acked(self.generation, early);
-        }
-    }
-
-    fn cut_failed(&mut self, epoch: Epoch, reason: &str) {
-        if self.stray_cut.take().is_some()
-            || self.cutting.map(|(cutting, _)| cutting) != Some(epoch)
-        {
-            return;
-        }
-        self.cutting = None;
-        self.cut_failures += 1;
-        self.early_ack = None;
-        self.schedule.cut_failed(self.now);
-        self.actions
-            .push_back(PrimaryAction::Alert(Alert::CheckpointFailed {
-                reason: reason.to_owned(),
-            }));
-        if self.last_epoch == Some(epoch) {
-            self.last_epoch = None;
-            if self.state == PrimaryState::LastEpoch {
-                self.become_(PrimaryState::Mirrored);
-                self.refuse(
-                    "switchover",
-                    format!("the last checkpoint failed: {reason}"),
-                );
-            }
-        }
-        if self.cut_failures >= CUT_FAILURES_MAX {
-            self.mirror_broken(format!(
-                "{CUT_FAILURES_MAX} checkpoints failed in a row: {reason}"
-            ));
-        }
-    }
-
-    fn acked(&mut self, generation: Generation, epoch: Epoch) {
-        if generation != self.generation && !sabotaged(Bug::GenerationNotCompared) {
-            return;
-        }
-        if !self.state.holds_output() || epoch <= self.committed {
-            return;
-        }
-        if epoch > self.last_cut {
-            if self.cutting.map(|(cutting, _)| cutting) == Some(epoch) {
-                self.early_ack = Some(epoch);
-            } else if !sabotaged(Bug::GenerationNotCompared) {
-                self.actions
-                    .push_back(PrimaryAction::Alert(Alert::PartnerConfused {
-                        reason: format!(
-                            "acknowledged epoch {epoch}, the newest cut is {}",
-                            self.last_cut
-                        ),
-                    }));
-            }
-            return;
-        }
-        while let Some(flight) = self.in_flight.front().copied() {
-            if flight.epoch > epoch {
-                break;
-            }
-            self.in_flight.pop_front();
-            self.committed = flight.epoch;
-            self.committed_cut_at = Some(flight.cut_at);
-            self.fresh_until = flight.sent_at + self.config.timing.release_within;
-        }
-        if self.state == PrimaryState::FirstEpoch {
-            self.retry_at = self.now;
-            self.become_(PrimaryState::Confirming);
-            if sabotaged(Bug::ReleaseBeforeConfirm) {
-                self.release();
-            }
-        }
-    }
-
-    /// Release what is committed, if the acknowledgement is fresh and nothing is in doubt.
-    fn try_release(&mut self) {
-        let named = matches!(self.state, PrimaryState::Mirrored | PrimaryState::LastEpoch);
-        if !named || self.released >= self.committed {
-            return;
-        }
-        if !sabotaged(Bug::StaleAckAccepted) {
-            if self.verify || self.holding_still {
-                return;
-            }
-            if self.now >= self.fresh_until {
-                // The next epoch's acknowledgement will cover this one: get it soon.
-                self.schedule.output_waiting(self.now);
-                return;
-            }
-        }
-        self.release();
-    }
-
-    fn release(&mut self) {
-        self.released = self.committed;
-        let until = if sabotaged(Bug::StaleAckAccepted) {
-            Micros::MAX
-        } else {
-            self.fresh_until
-        };
-        self.actions.push_back(PrimaryAction::Release {
-            through: self.committed,
-            until,
-        });
-    }
-
-    // ---- leaving ----
-
-    /// The partner or the way to it is broken.
-    pub(super) fn mirror_broken(&mut self, reason: String) {
-        use PrimaryState as S;
-        match self.state {
-            S::Reserving | S::Preparing | S::Seeding | S::FirstEpoch => self.abort_attempt(reason),
-            S::Confirming | S::Mirrored | S::LastEpoch | S::HandingOver => self.begin_claim(reason),
-            S::Solo | S::Claiming | S::Ending | S::StoodDown => {}
-        }
-    }
-
-    /// Before a write that names the standby was ever asked for, going back needs no claim.
-    fn abort_attempt(&mut self, reason: String) {
-        use PrimaryState as S;
-        let before = self.state;
-        if before == S::Seeding {
-            self.actions.push_back(PrimaryAction::EndSeeding {
-                reason: reason.clone(),
-            });
-        }
-        if before == S::FirstEpoch {
-            self.go_solo();
-        } else {
-            self.become_(S::Solo);
-        }
-        if before != S::Reserving {
-            self.actions.push_back(PrimaryAction::DismissStandby);
-        }
-        self.not_mirrored(reason);
-    }
-
-    pub(super) fn not_mirrored(&mut self, reason: String) {
-        self.partner = None;
-        self.last_reason = Some(reason.clone());
-        self.actions
-            .push_back(PrimaryAction::Alert(Alert::NotMirrored { reason }));
-    }
-
-    fn begin_claim(&mut self, reason: String) {
-        self.last_reason = Some(reason);
-        self.probe = None;
-        self.retry_at = self.now;
-        self.become_(PrimaryState::Claiming);
-        if sabotaged(Bug::SoloWithoutClaim) {
-            self.op = None;
-            self.go_solo();
-        }
-    }
-
-    /// Output goes direct from here on.
-    pub(super) fn go_solo(&mut self) {
-        self.generation = self.record.value.generation;
-        if self.state != PrimaryState::Ending {
-            self.become_(PrimaryState::Solo);
-        }
-        self.actions.push_back(PrimaryAction::GoSolo {
-            generation: self.generation,
-        });
-        self.resume();
-        if let Some((epoch, _)) = self.cutting.take() {
-            self.stray_cut = Some(self.last_epoch == Some(epoch));
-        }
-        self.early_ack = None;
-        self.in_flight.clear();
-        self.last_epoch = None;
-        self.probe = None;
-    }
-
-    pub(super) fn resume(&mut self) {
-        if (self.holding_still || self.guest_stopped) && self.state != PrimaryState::Ending {
-            self.actions.push_back(PrimaryAction::Resume);
-        }
-        self.holding_still = false;
-        self.guest_stopped = false;
-        self.unreachable_alerted = false;
-    }
-
-    pub(super) fn depose(&mut self, by: HostName) {
-        self.actions
-            .push_back(PrimaryAction::Alert(Alert::Deposed { by: by.clone() }));
-        self.stand_down(PrimaryEnd::Deposed { by });
-    }
-
-    pub(super) fn hand_over(&mut self) {
-        let to = self.record.value.owner.clone();
-        self.actions.push_back(PrimaryAction::Handover {
-            generation: self.record.value.generation,
-            epoch: self.committed,
-        });
-        self.stand_down(PrimaryEnd::HandedOver { to });
-    }
-
-    pub(super) fn stand_down(&mut self, why: PrimaryEnd) {
-        self.become_(PrimaryState::StoodDown);
-        self.op = None;
-        self.actions.push_back(PrimaryAction::StandDown { why });
-    }
-
-    /// The registry names the standby: from here acknowledgements release.
-    pub(super) fn confirmed(&mut self) {
-        self.become_(PrimaryState::Mirrored);
-        self.resume();
-        self.actions.push_back(PrimaryAction::ConfirmMirrored {
-            generation: self.generation,
-            epoch: self.committed,
-        });
-    }
-
-    /// The attempt has its generation.
-    pub(super) fn begin_preparing(&mut self, partner: HostName) {
-        self.generation = self.record.value.generation;
-        self.prepare_until = self.now + PREPARE_PATIENCE;
-        self.become_(PrimaryState::Preparing);
-        self.actions.push_back(PrimaryAction::PrepareStandby {
-            partner,
-            generation: self.generation,
-        });
-    }
-
     // ---- after every input ----
 
     /// Conditions on data, looked at after every input, in this order.
-    fn evaluate(&mut self) {
+    pub(super) fn evaluate(&mut self) {
         use PrimaryState as S;
         if let Some(reason) = self.broken_reason() {
             self.mirror_broken(reason);
@@ -688,7 +401,7 @@ impl Primary {
         self.check_lag();
     }
 
-    fn may_cut(&self) -> bool {
+    pub(super) fn may_cut(&self) -> bool {
         let room = self.in_flight.len() < self.config.max_in_flight.max(1);
         let wanted = match self.state {
             // Only epoch 1: a second one has no place before the record names the standby.
@@ -700,7 +413,7 @@ impl Primary {
         wanted && room && self.cutting.is_none() && !self.holding_still && !self.guest_stopped
     }
 
-    fn broken_reason(&self) -> Option<String> {
+    pub(super) fn broken_reason(&self) -> Option<String> {
         use PrimaryState as S;
         let timing = &self.config.timing;
         let with_partner = !matches!(
@@ -724,26 +437,6 @@ impl Primary {
         let oldest = self.in_flight.front()?;
         (self.state.holds_output() && self.now.since(oldest.cut_at) >= timing.ack_overdue)
             .then(|| format!("epoch {} was not acknowledged in time", oldest.epoch))
-    }
-
-    fn lag(&self, now: Micros) -> Option<Micros> {
-        let since = self
-            .committed_cut_at
-            .filter(|_| self.state.holds_output())?;
-        Some(now.since(since))
-    }
-
-    fn check_lag(&mut self) {
-        let Some(lag) = self.lag(self.now) else {
-            self.lag_alerted = false;
-            return;
-        };
-        let lagging = lag >= self.config.timing.lag_alarm;
-        if lagging && !self.lag_alerted {
-            self.actions
-                .push_back(PrimaryAction::Alert(Alert::Lagging { lag }));
-        }
-        self.lag_alerted = lagging;
     }
 
     /// When `Tick` is due at the latest. Never later than half the detection time ahead

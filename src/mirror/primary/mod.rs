@@ -22,6 +22,8 @@
 //!
 //! From every state: guest shut down -> Ending -> StoodDown, guest died -> StoodDown.
 
+mod epochs;
+mod leave;
 mod machine;
 mod registry;
 mod state;

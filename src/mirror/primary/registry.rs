@@ -215,10 +215,9 @@ impl Primary {
         self.record = found;
         match op.purpose {
             Purpose::Verify if op.stalls == self.stalls => self.verified(),
-            Purpose::Probe(wish) => {
-                if self.probe.take().is_some() && self.state == PrimaryState::Mirrored {
-                    self.grant(wish);
-                }
+            Purpose::Probe(wish) if self.state == PrimaryState::Mirrored => {
+                self.probe = None;
+                self.grant(wish);
             }
             // A late write of this machine's own, or another field changed: ask again.
             _ => {}

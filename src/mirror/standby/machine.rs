@@ -3,59 +3,44 @@
 use super::{StandbyAction, StandbyConfig, StandbyEnd, StandbyInput, StandbyState, StandbyStatus};
 use crate::mirror::sabotage::{Bug, sabotaged};
 use crate::mirror::{
-    APPLY_BACKLOG_MAX, Alert, ClaimOutcome, Micros, ORPHAN_PATIENCE, REGISTRY_RETRY_MAX,
-    REGISTRY_RETRY_MIN, SILENCE_BOUND, Ticket, Verdict, Versioned, VmRecord,
+    APPLY_BACKLOG_MAX, Alert, Micros, REGISTRY_RETRY_MIN, SILENCE_BOUND, Ticket, Verdict,
+    Versioned, VmRecord,
 };
 use crate::pool::{Epoch, Generation};
 use std::collections::{BTreeSet, VecDeque};
 
-/// What the record says about this host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Standing {
-    /// Standby of this attempt.
-    Named,
-    /// Owner: a claim or handover has been won.
-    Owner,
-    /// The attempt goes on, nobody is named yet.
-    NotYet,
-    /// The registry is older than this attempt: damaged or restored. Says nothing.
-    Behind,
-    /// Somebody else's.
-    Other,
-}
-
 /// The side that holds the copy; see the module.
 #[derive(Clone, Debug)]
 pub struct Standby {
-    config: StandbyConfig,
-    state: StandbyState,
-    now: Micros,
+    pub(super) config: StandbyConfig,
+    pub(super) state: StandbyState,
+    pub(super) now: Micros,
     /// The record as last read, while it names this host.
-    record: Option<Versioned<VmRecord>>,
+    pub(super) record: Option<Versioned<VmRecord>>,
     /// Whole epochs after `acked`.
-    whole: BTreeSet<Epoch>,
-    acked: Epoch,
-    applied: Epoch,
-    applying: bool,
-    last_ack_at: Option<Micros>,
+    pub(super) whole: BTreeSet<Epoch>,
+    pub(super) acked: Epoch,
+    pub(super) applied: Epoch,
+    pub(super) applying: bool,
+    pub(super) last_ack_at: Option<Micros>,
     /// An epoch was bad: acknowledge no more, keep what is acknowledged.
-    broken: bool,
-    peer: Verdict,
-    suspect_since: Micros,
+    pub(super) broken: bool,
+    pub(super) peer: Verdict,
+    pub(super) suspect_since: Micros,
     /// The primary itself said that it is gone or has handed over: no delay, no lease.
-    urgent: bool,
-    promote_asked: bool,
+    pub(super) urgent: bool,
+    pub(super) promote_asked: bool,
     /// Outstanding operation and what it would write.
-    op: Option<(Ticket, Option<VmRecord>)>,
-    next_ticket: u64,
-    retry_at: Micros,
-    backoff: Micros,
-    silence_at: Micros,
+    pub(super) op: Option<(Ticket, Option<VmRecord>)>,
+    pub(super) next_ticket: u64,
+    pub(super) retry_at: Micros,
+    pub(super) backoff: Micros,
+    pub(super) silence_at: Micros,
     /// When an epoch last came, or this side last woke from a freeze.
-    last_epoch_at: Micros,
-    unreachable_alerted: bool,
-    actions: VecDeque<StandbyAction>,
-    promised_wakeup: Micros,
+    pub(super) last_epoch_at: Micros,
+    pub(super) unreachable_alerted: bool,
+    pub(super) actions: VecDeque<StandbyAction>,
+    pub(super) promised_wakeup: Micros,
 }
 
 impl Standby {
@@ -108,7 +93,7 @@ impl Standby {
         }
     }
 
-    fn generation(&self) -> Generation {
+    pub(super) fn generation(&self) -> Generation {
         match (self.state, &self.record) {
             (StandbyState::Promoting | StandbyState::Promoted, Some(record)) => {
                 record.value.generation
@@ -134,7 +119,7 @@ impl Standby {
         debug_assert!(self.whole.len() <= self.config.max_in_flight.max(1));
     }
 
-    fn apply(&mut self, input: StandbyInput) {
+    pub(super) fn apply(&mut self, input: StandbyInput) {
         use StandbyState as S;
         match input {
             // The failure detector decides who is lost, the link alone proves nothing.
@@ -190,14 +175,14 @@ impl Standby {
     }
 
     /// Frozen: silence heard meanwhile is this side's own. The primary gets its head start anew.
-    fn stalled(&mut self) {
+    pub(super) fn stalled(&mut self) {
         self.suspect_since = self.now;
         self.last_epoch_at = self.now;
     }
 
     // ---- epochs ----
 
-    fn epoch_whole(&mut self, generation: Generation, epoch: Epoch) {
+    pub(super) fn epoch_whole(&mut self, generation: Generation, epoch: Epoch) {
         if generation != self.config.generation || !self.state.acknowledges() || self.broken {
             return;
         }
@@ -227,7 +212,7 @@ impl Standby {
     }
 
     /// Acknowledge what is whole, in order, no further ahead of applying than allowed.
-    fn acknowledge(&mut self) {
+    pub(super) fn acknowledge(&mut self) {
         if !self.state.acknowledges() {
             return;
         }
@@ -240,7 +225,7 @@ impl Standby {
         }
     }
 
-    fn ack(&mut self, newest: Epoch) {
+    pub(super) fn ack(&mut self, newest: Epoch) {
         if self.state == StandbyState::Seeding {
             self.become_(StandbyState::Unconfirmed);
         }
@@ -252,7 +237,7 @@ impl Standby {
         });
     }
 
-    fn epoch_bad(&mut self, epoch: Epoch, reason: &str) {
+    pub(super) fn epoch_bad(&mut self, epoch: Epoch, reason: &str) {
         if !self.state.acknowledges() || self.broken {
             return;
         }
@@ -267,7 +252,7 @@ impl Standby {
 
     // ---- the primary is lost ----
 
-    fn peer_verdict(&mut self, verdict: Verdict) {
+    pub(super) fn peer_verdict(&mut self, verdict: Verdict) {
         self.peer = verdict;
         if verdict == Verdict::Alive && !self.urgent {
             match self.state {
@@ -278,7 +263,7 @@ impl Standby {
         }
     }
 
-    fn primary_gone(&mut self, reason: String) {
+    pub(super) fn primary_gone(&mut self, reason: String) {
         use StandbyState as S;
         match self.state {
             S::Preparing | S::Seeding => self.stand_down(StandbyEnd::NotNamed { reason }),
@@ -296,7 +281,7 @@ impl Standby {
         }
     }
 
-    fn handed_over(&mut self, epoch: Epoch) {
+    pub(super) fn handed_over(&mut self, epoch: Epoch) {
         use StandbyState as S;
         if !matches!(
             self.state,
@@ -318,201 +303,22 @@ impl Standby {
         self.begin_claim();
     }
 
-    fn begin_checking(&mut self) {
+    pub(super) fn begin_checking(&mut self) {
         self.suspect_since = self.now;
         self.backoff = REGISTRY_RETRY_MIN;
         self.retry_at = self.now;
         self.become_(StandbyState::Checking);
     }
 
-    fn begin_claim(&mut self) {
+    pub(super) fn begin_claim(&mut self) {
         self.retry_at = self.now;
         self.become_(StandbyState::Claiming);
-    }
-
-    // ---- the registry ----
-
-    fn standing(&self, record: &VmRecord) -> Standing {
-        let mine = self.config.generation;
-        let named = record.standby.as_ref() == Some(&self.config.me);
-        if record.generation < mine {
-            Standing::Behind
-        } else if record.owner == self.config.me && record.generation > mine && record.running {
-            Standing::Owner
-        } else if record.owner == self.config.primary && record.generation == mine && record.running
-        {
-            match (&record.standby, named) {
-                (None, _) => Standing::NotYet,
-                (_, true) => Standing::Named,
-                (_, false) => Standing::Other,
-            }
-        } else {
-            Standing::Other
-        }
-    }
-
-    fn wants_registry(&self) -> bool {
-        use StandbyState as S;
-        match self.state {
-            S::Claiming | S::Checking => self.now >= self.retry_at,
-            S::Mirrored => {
-                self.now >= self.retry_at && (self.record.is_none() || self.now >= self.silence_at)
-            }
-            S::Unconfirmed => self.now >= self.retry_at && self.now >= self.silence_at,
-            _ => false,
-        }
-    }
-
-    fn ask_registry(&mut self) {
-        if self.op.is_some() || !self.wants_registry() {
-            return;
-        }
-        let ticket = Ticket(self.next_ticket);
-        self.next_ticket += 1;
-        let claim = self
-            .record
-            .as_ref()
-            .filter(|_| self.state == StandbyState::Claiming);
-        let wanted = claim.map(|record| self.claimed(&record.value));
-        let action = match (claim, wanted.clone()) {
-            (Some(record), Some(value)) => StandbyAction::Claim {
-                ticket,
-                expected: record.version,
-                value,
-            },
-            _ => StandbyAction::ReadRecord { ticket },
-        };
-        self.silence_at = self.now + SILENCE_BOUND;
-        self.actions.push_back(action);
-        self.op = Some((ticket, wanted));
-    }
-
-    fn claimed(&self, record: &VmRecord) -> VmRecord {
-        VmRecord {
-            generation: record.generation.next(),
-            owner: self.config.me.clone(),
-            standby: None,
-            running: true,
-        }
-    }
-
-    fn registry_answered(&mut self, ticket: Ticket, outcome: ClaimOutcome) {
-        let Some((_, wanted)) = self.op.take_if(|(asked, _)| *asked == ticket) else {
-            return;
-        };
-        match outcome {
-            ClaimOutcome::Won(record) => self.own(record),
-            ClaimOutcome::Unreachable { .. }
-                if sabotaged(Bug::UnknownIsWon) && wanted.is_some() =>
-            {
-                if let (Some(value), Some(record)) = (wanted, &self.record) {
-                    self.own(Versioned {
-                        version: record.version + 1,
-                        value,
-                    });
-                }
-            }
-            ClaimOutcome::Unreachable { reason } => self.unreachable(reason),
-            ClaimOutcome::Lost(None) => {
-                self.actions
-                    .push_back(StandbyAction::Alert(Alert::RecordMissing));
-                self.record = None;
-                self.unreachable("the VM's record is missing".into());
-            }
-            ClaimOutcome::Lost(Some(found)) => self.found(found),
-        }
-    }
-
-    fn unreachable(&mut self, reason: String) {
-        self.retry_at = self.now + self.backoff;
-        self.backoff = Micros(self.backoff.0 * 2).min(REGISTRY_RETRY_MAX);
-        let matters = matches!(self.state, StandbyState::Claiming | StandbyState::Checking);
-        if matters && !self.unreachable_alerted {
-            self.unreachable_alerted = true;
-            self.actions
-                .push_back(StandbyAction::Alert(Alert::RegistryUnreachable { reason }));
-        }
-    }
-
-    /// What the registry holds: the answer to a read or to a lost claim.
-    fn found(&mut self, found: Versioned<VmRecord>) {
-        use StandbyState as S;
-        self.backoff = REGISTRY_RETRY_MIN;
-        self.unreachable_alerted = false;
-        match (self.standing(&found.value), self.state) {
-            // Also the answer to a claim that landed although its first answer was lost.
-            (
-                Standing::Owner,
-                S::Unconfirmed | S::Mirrored | S::Suspecting | S::Checking | S::Claiming,
-            ) => {
-                self.own(found);
-            }
-            (Standing::Named, state) => {
-                self.record = Some(found);
-                self.retry_at = self.now;
-                match state {
-                    S::Unconfirmed => self.become_(S::Mirrored),
-                    S::Checking if self.urgent => self.begin_claim(),
-                    S::Checking => {
-                        self.suspect_since = self.now;
-                        self.become_(S::Suspecting);
-                    }
-                    _ => {}
-                }
-            }
-            (Standing::NotYet, S::Unconfirmed) => {}
-            (Standing::NotYet, S::Checking) => {
-                if self.now.since(self.last_epoch_at) >= ORPHAN_PATIENCE {
-                    let reason = "the primary was lost before the record named this host".into();
-                    return self.stand_down(StandbyEnd::NotNamed { reason });
-                }
-                self.retry_at = self.now + self.backoff;
-            }
-            (Standing::Behind, _) => {
-                self.actions
-                    .push_back(StandbyAction::Alert(Alert::RecordMissing));
-                self.record = None;
-                self.unreachable("the record went back to an older generation".into());
-            }
-            (_, S::Preparing | S::Seeding | S::Promoting | S::Promoted | S::StoodDown) => {}
-            (Standing::NotYet | Standing::Other, _) => {
-                let reason = format!(
-                    "generation {} runs on {}, standby {}",
-                    found.value.generation,
-                    found.value.owner,
-                    found
-                        .value
-                        .standby
-                        .as_ref()
-                        .map_or("none", |host| host.as_str()),
-                );
-                self.stand_down(StandbyEnd::NotNamed { reason });
-            }
-        }
-    }
-
-    /// The record names this host as owner.
-    fn own(&mut self, record: Versioned<VmRecord>) {
-        if self.state != StandbyState::Claiming {
-            self.urgent = true;
-            self.become_(StandbyState::Claiming);
-        }
-        self.record = Some(record);
-        self.op = None;
-        self.become_(StandbyState::Promoting);
-        self.actions.push_back(StandbyAction::DropIncomplete);
-    }
-
-    fn stand_down(&mut self, why: StandbyEnd) {
-        self.become_(StandbyState::StoodDown);
-        self.op = None;
-        self.actions.push_back(StandbyAction::StandDown { why });
     }
 
     // ---- after every input ----
 
     /// Conditions on data, looked at after every input, in this order.
-    fn evaluate(&mut self) {
+    pub(super) fn evaluate(&mut self) {
         use StandbyState as S;
         if self.peer == Verdict::Lost {
             match self.state {
@@ -559,19 +365,19 @@ impl Standby {
         self.try_promote();
     }
 
-    fn claim_at(&self) -> Micros {
+    pub(super) fn claim_at(&self) -> Micros {
         self.suspect_since + self.config.timing.claim_delay
     }
 
     /// Rule 5: when the last acknowledgement is surely of no use to the primary any more.
-    fn lease_over_at(&self) -> Micros {
+    pub(super) fn lease_over_at(&self) -> Micros {
         match self.last_ack_at {
             Some(at) if !self.urgent => at + self.config.timing.lease,
             _ => Micros::ZERO,
         }
     }
 
-    fn try_promote(&mut self) {
+    pub(super) fn try_promote(&mut self) {
         if self.state != StandbyState::Promoting
             || self.promote_asked
             || self.now < self.lease_over_at()
@@ -608,7 +414,7 @@ impl Standby {
     }
 
     /// The only place that changes the state.
-    fn become_(&mut self, next: StandbyState) {
+    pub(super) fn become_(&mut self, next: StandbyState) {
         debug_assert!(
             self.state.may_become(next),
             "illegal step {:?} -> {next:?}",

@@ -22,6 +22,7 @@
 //! ```
 
 mod machine;
+mod registry;
 mod state;
 #[cfg(test)]
 mod tests;
