@@ -17,7 +17,7 @@ use crate::heartbeat::HeartbeatKey;
 use crate::ids::{Generation, VmId};
 use bytes::Bytes;
 use quinn::{Connection, RecvStream, SendStream, VarInt};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -61,6 +61,8 @@ pub(super) struct Session {
     control: FrameQueue,
     runtime: Handle,
     peer: String,
+    /// Why this side closed it, if it did.
+    closed_here: OnceLock<String>,
 }
 
 /// What an established connection brings along.
@@ -81,6 +83,7 @@ impl Session {
             control: FrameQueue::new(CONTROL_QUEUE_BYTES),
             runtime,
             peer: established.hello.host.clone(),
+            closed_here: OnceLock::new(),
         })
     }
 
@@ -102,16 +105,19 @@ impl Session {
             error = self.connection.closed() => error.to_string(),
         };
         self.control.close();
+        // Before closing from here, which would hide the partner's own words. If the
+        // connection ended first, its reason explains the others.
+        let reason = match self.connection.close_reason() {
+            None => reason,
+            Some(quinn::ConnectionError::LocallyClosed) => {
+                self.closed_here.get().cloned().unwrap_or(reason)
+            }
+            Some(error) => error.to_string(),
+        };
         self.connection
             .close(VarInt::from_u32(CODE_PROTOCOL), reason.as_bytes());
         lanes.shutdown().await;
-        // If the connection ended first, its reason explains the others.
-        self.connection
-            .close_reason()
-            .map_or(reason.clone(), |error| match error {
-                quinn::ConnectionError::LocallyClosed => reason,
-                error => error.to_string(),
-            })
+        reason
     }
 
     async fn write_control(&self, stream: SendStream) -> String {
@@ -289,6 +295,8 @@ impl Lanes for Session {
     }
 
     fn close(&self, code: u32, reason: &str) {
+        // The first reason counts.
+        let _ = self.closed_here.set(reason.to_owned());
         self.connection
             .close(VarInt::from_u32(code), reason.as_bytes());
     }

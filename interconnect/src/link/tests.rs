@@ -408,15 +408,17 @@ fn a_dropped_session_is_made_anew_and_a_closed_side_says_so() {
     two.up();
     one.interconnect
         .drop_session(first, "the standby sent nonsense");
-    one.down();
-    assert!(two.down().1.contains("nonsense"));
+    assert_eq!(one.down().1, "the standby sent nonsense");
+    let (_, reason) = two.down();
+    assert!(reason.contains("nonsense"), "{reason}");
     let (second, _) = one.up();
     two.up();
     one.interconnect
         .drop_session(first, "an old session is not the new one");
     assert_eq!(one.interconnect.session(), Some(second));
     drop(one.interconnect);
-    assert!(two.down().1.contains("the partner stops"));
+    let (_, reason) = two.down();
+    assert!(reason.contains("the partner stops"), "{reason}");
 }
 
 #[test]

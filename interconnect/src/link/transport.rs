@@ -35,6 +35,9 @@ const LANES_MAX: u32 = 256;
 const INITIAL_RTT: Duration = Duration::from_millis(2);
 /// First packet size, in bytes: fits 1,500-byte Ethernet with IPv6 headers.
 const INITIAL_MTU_BYTES: u16 = 1452;
+/// Pause before larger packets are tried again after losses that looked like a
+/// limit of the path; a cable has the same limit always.
+const MTU_RETRY: Duration = Duration::from_secs(1);
 /// Packets the receiver may get without acknowledging. Two is fair on the internet;
 /// here each acknowledgement is only work on both sides. A lost packet is reported at
 /// once regardless (it arrives out of order).
@@ -75,7 +78,9 @@ fn transport(settings: &LinkSettings, window_max: u64) -> TransportConfig {
     acks.ack_eliciting_threshold(VarInt::from_u32(ACK_AFTER_PACKETS))
         .max_ack_delay(Some(ACK_DELAY_MAX));
     let mut mtu = MtuDiscoveryConfig::default();
-    mtu.upper_bound(settings.mtu_bytes_max);
+    mtu.upper_bound(settings.mtu_bytes_max)
+        .black_hole_cooldown(MTU_RETRY);
+    let mtu_bytes = INITIAL_MTU_BYTES.min(settings.mtu_bytes_max).max(1200);
     let idle = IdleTimeout::try_from(settings.idle_timeout)
         .unwrap_or_else(|_| VarInt::from_u32(1500).into());
     let mut transport = TransportConfig::default();
@@ -83,7 +88,10 @@ fn transport(settings: &LinkSettings, window_max: u64) -> TransportConfig {
         .initial_rtt(INITIAL_RTT)
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(Some(settings.idle_timeout / KEEP_ALIVES_PER_IDLE))
-        .initial_mtu(INITIAL_MTU_BYTES.min(settings.mtu_bytes_max).max(1200))
+        .initial_mtu(mtu_bytes)
+        // A burst of losses looks to QUIC like a router that swallows big packets,
+        // and it goes down to the smallest size. There is no router here.
+        .min_mtu(mtu_bytes)
         .mtu_discovery_config(Some(mtu))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES))
