@@ -28,16 +28,6 @@ pub(super) fn check(spec: &VmSpec, r: &mut Reader<'_>, notes: &mut Vec<SpecNote>
         one_device(spec, r, notes, &format!("devices[{i}]"), device);
     }
     let mirror = &spec.mirror;
-    if spec.protection == Protection::Mirrored && mirror.partner.is_none() {
-        let problem = Problem::Missing {
-            key: "mirror.partner".to_owned(),
-            allowed:
-                "`protection = \"mirrored\"` needs the name of the host that keeps the standby, \
-                      like partner = \"host-b\" below [mirror]"
-                    .to_owned(),
-        };
-        r.report("mirror", problem);
-    }
     if mirror.epoch_gap_min_ms >= mirror.epoch_interval_max_ms {
         let why = format!(
             "`mirror.epoch_gap_min_ms` is {}, `mirror.epoch_interval_max_ms` is {}: the gap must be \
