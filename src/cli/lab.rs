@@ -1,4 +1,4 @@
-//! `pollux lab …`, `pollux drill …`, `pollux demo`
+//! `pollux lab …`
 
 use super::link::{PORT, create_both};
 use super::print_json;
@@ -59,9 +59,6 @@ pub(super) enum LabCommand {
     },
 }
 
-#[derive(Subcommand)]
-pub(super) enum DrillCommand {}
-
 /// A lab host's configuration.
 fn host_config(name: &HostName, net: &HostNet) -> String {
     let path = |p: &Path| toml::Value::String(p.display().to_string()).to_string();
@@ -83,7 +80,7 @@ pub(crate) fn wait_daemon(socket: &Path) -> anyhow::Result<()> {
     let client = Client::new(socket);
     let begun = Instant::now();
     loop {
-        let asked: Result<crate::api::types::HostInfo, _> = super::block(client.get("/v1/host"));
+        let asked: Result<crate::api::types::HostInfo, _> = crate::api::client::block(client.get("/v1/host"));
         match asked {
             Ok(_) => return Ok(()),
             Err(e) if begun.elapsed() > DAEMON_DEADLINE => return Err(e.into()),
@@ -166,12 +163,4 @@ pub(super) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-pub(super) fn drill(command: DrillCommand, _json: bool) -> anyhow::Result<ExitCode> {
-    match command {}
-}
-
-pub(super) fn demo(_json: bool) -> anyhow::Result<ExitCode> {
-    bail!("not here yet")
 }

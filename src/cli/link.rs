@@ -1,7 +1,7 @@
 //! `pollux link …`
 
-use super::{block, print_json};
-use crate::api::client::Client;
+use super::print_json;
+use crate::api::client::{Client, block};
 use crate::api::types::{Done, HostInfo, LinkAddrs, LinkConfig, PartnerStatus};
 use anyhow::bail;
 use clap::Subcommand;
