@@ -5,7 +5,7 @@ use super::env::{
     AuditView, ClientPipes, DiskRecords, DrillEnv, EnvError, EventView, FailoverView, MonotonicNs,
     PauseView, Quantiles, Role, Service, Setting, VmView,
 };
-use crate::api::client::Client;
+use crate::api::client::{Client, ClientError, block};
 use crate::api::types::{
     self, CreateVm, Done, EpochFigures, Failover, HostStatus, Percentiles, Protect, VmStatus,
 };
@@ -142,7 +142,7 @@ pub struct LabEnv {
     dark: Option<HostName>,
 }
 
-fn refused(step: &str) -> impl FnOnce(crate::api::client::ClientError) -> EnvError + '_ {
+fn refused(step: &str) -> impl FnOnce(ClientError) -> EnvError + '_ {
     move |e| EnvError::new(step, e)
 }
 
@@ -171,7 +171,7 @@ impl LabEnv {
             return None;
         }
         let client = self.client(host).ok()?;
-        crate::api::client::block(client.get(&format!("/v1/vms/{VM_NAME}"))).ok()
+        block(client.get(&format!("/v1/vms/{VM_NAME}"))).ok()
     }
 
     fn wait<T>(
@@ -248,7 +248,6 @@ impl DrillEnv for LabEnv {
             .map_err(|e| EnvError::new(format!("making the disk {}", image.display()), e))?;
         let client = Client::new(&net.api_socket);
         let create = CreateVm { spec: self.guest.spec(setting), origin: "drill".into() };
-        let block = crate::api::client::block;
         let _: Done = block(client.post("/v1/vms", &create)).map_err(refused("creating the VM"))?;
         let _: Done = block(client.post(&format!("/v1/vms/{VM_NAME}/start"), &()))
             .map_err(refused("starting the VM"))?;
@@ -279,7 +278,7 @@ impl DrillEnv for LabEnv {
 
     fn protect(&mut self) -> Result<(), EnvError> {
         let view = self.primary().map_err(|e| EnvError::new("protecting the VM", e))?;
-        let _: Done = crate::api::client::block(
+        let _: Done = block(
             self.client(&view.host)?
                 .post(&format!("/v1/vms/{VM_NAME}/protect"), &Protect { partner: None }),
         )
@@ -330,7 +329,7 @@ impl DrillEnv for LabEnv {
             }
             DrillKind::Switchover => {
                 let at = MonotonicNs::now();
-                let _: Done = crate::api::client::block(
+                let _: Done = block(
                     self.client(primary)?.post(&format!("/v1/vms/{VM_NAME}/switchover"), &()),
                 )
                 .map_err(|e| EnvError::new(step, e))?;
@@ -396,7 +395,7 @@ impl DrillEnv for LabEnv {
             .and_then(|s| s.disks.first().cloned())
             .ok_or_else(|| EnvError::new(step, "the image is not known"))?;
         // Stopping writes out what is committed and nothing else.
-        let _: Done = crate::api::client::block(
+        let _: Done = block(
             self.client(&view.host)?.post(&format!("/v1/vms/{VM_NAME}/stop"), &()),
         )
         .map_err(refused("stopping the VM"))?;
@@ -508,7 +507,7 @@ pub fn host_statuses(env: &LabEnv) -> Result<Vec<HostStatus>, EnvError> {
     env.hosts()?
         .iter()
         .map(|h| {
-            crate::api::client::block(Client::new(&h.api_socket).get("/v1/status"))
+            block(Client::new(&h.api_socket).get("/v1/status"))
                 .map_err(refused("asking a host"))
         })
         .collect()

@@ -21,6 +21,7 @@
 //! the binary calls [`hidden_main`] before anything else.
 
 mod clock;
+pub mod daemons;
 mod dir;
 mod enter;
 mod error;
