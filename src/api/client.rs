@@ -148,6 +148,15 @@ impl Client {
     }
 }
 
+/// Wait for one exchange with a daemon, for callers without a runtime.
+pub fn block<T>(exchange: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime without worker threads needs only an epoll descriptor")
+        .block_on(exchange)
+}
+
 /// Pin two daemons to each other: exchange fingerprints, tell both the `links` as
 /// `here` writes them.
 ///

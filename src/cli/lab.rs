@@ -1,4 +1,4 @@
-//! `pollux lab …`, `pollux drill …`, `pollux demo`
+//! `pollux lab …`
 
 use super::print_json;
 use crate::lab::daemons::lab_up;
@@ -54,8 +54,6 @@ pub(super) enum LabCommand {
     },
 }
 
-#[derive(Subcommand)]
-pub(super) enum DrillCommand {}
 
 pub(super) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
     match command {
@@ -96,12 +94,4 @@ pub(super) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-pub(super) fn drill(command: DrillCommand, _json: bool) -> anyhow::Result<ExitCode> {
-    match command {}
-}
-
-pub(super) fn demo(_json: bool) -> anyhow::Result<ExitCode> {
-    bail!("not here yet")
 }

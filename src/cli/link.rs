@@ -1,7 +1,7 @@
 //! `pollux link …`
 
-use super::{block, print_json};
-use crate::api::client::{Client, pin_both};
+use super::print_json;
+use crate::api::client::{Client, block, pin_both};
 use crate::api::types::{Done, HostInfo, LINK_PORT, LinkAddrs, LinkConfig, PartnerStatus};
 use anyhow::bail;
 use clap::Subcommand;

@@ -16,8 +16,9 @@ use interconnect::link::{Interconnect, LinkAddr, LinkEvent, LinkSettings, PairCo
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Called for a control message that has no worker yet: a request for a standby.
-pub type OnPrepare = Arc<dyn Fn(&HostName, VmId, Generation, ControlMsg) + Send + Sync>;
+/// Called for a control message that has no worker here: a request for a standby, or a
+/// standby that looks for its primary.
+pub type OnUnrouted = Arc<dyn Fn(&HostName, VmId, Generation, ControlMsg) + Send + Sync>;
 
 /// A partner and everything that runs for it.
 pub struct Partner {
@@ -45,8 +46,8 @@ pub struct PartnerSetup {
     pub runtime: tokio::runtime::Handle,
     /// Inboxes of the workers.
     pub routes: Routes,
-    /// For requests for a standby.
-    pub on_prepare: OnPrepare,
+    /// For messages that have no worker.
+    pub on_unrouted: OnUnrouted,
 }
 
 impl Partner {
@@ -105,7 +106,7 @@ impl Partner {
             routes: setup.routes,
             heartbeat: Arc::clone(&heartbeat),
             refused: Arc::clone(&refused),
-            on_prepare: setup.on_prepare,
+            on_unrouted: setup.on_unrouted,
         };
         std::thread::Builder::new()
             .name("partner".into())
@@ -160,7 +161,7 @@ struct Pump {
     routes: Routes,
     heartbeat: Arc<Heartbeat>,
     refused: Arc<Mutex<Option<String>>>,
-    on_prepare: OnPrepare,
+    on_unrouted: OnUnrouted,
 }
 
 impl Pump {
@@ -212,15 +213,15 @@ impl Pump {
             }
         };
         if matches!(message, ControlMsg::Prepare { .. }) {
-            return (self.on_prepare)(&self.partner, frame.vm, frame.generation, message);
+            return (self.on_unrouted)(&self.partner, frame.vm, frame.generation, message);
         }
         let event = WorkerEvent::Control {
             from: self.partner.clone(),
             generation: frame.generation,
-            message,
+            message: message.clone(),
         };
         if !self.routes.send(frame.vm, event) {
-            tracing::info!(partner = %self.partner, vm = %frame.vm, "a message for a VM that is not here");
+            (self.on_unrouted)(&self.partner, frame.vm, frame.generation, message);
         }
     }
 }

@@ -4,7 +4,7 @@
 //! whoever wants to change the spec in between. Must never touch a VM.
 
 use super::{HostNet, KeepPolicy, Lab, LabError, LabSpec};
-use crate::api::client::{Client, ClientError, pin_both};
+use crate::api::client::{block, Client, ClientError, pin_both};
 use crate::api::types::{HostInfo, LINK_PORT, LinkAddrs};
 use crate::pool::HostName;
 use std::net::SocketAddr;
@@ -141,12 +141,4 @@ pub fn wait_daemon(socket: &Path) -> Result<(), ClientError> {
             Err(_) => std::thread::sleep(DAEMON_POLL),
         }
     }
-}
-
-fn block<T>(exchange: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime without worker threads needs only an epoll descriptor")
-        .block_on(exchange)
 }

@@ -7,7 +7,7 @@ use super::parts::{self, Parts};
 use super::publish::Shared;
 use super::sender::{EpochJob, SentEpoch};
 use super::{Env, Peer, VmCommand, WorkerConfig, WorkerEvent};
-use crate::api::types::Role;
+use crate::api::types::{Failover, Role};
 use crate::daemon::clock::{now, now_ns};
 use crate::daemon::control::ControlMsg;
 use crate::interpose::checkpoint::{Checkpointer, ClockStatus};
@@ -15,7 +15,7 @@ use crate::interpose::net::NetMode;
 use crate::mirror::primary::{PrimaryEnd, PrimaryState};
 use crate::mirror::{
     Alert, MAX_IN_FLIGHT, Micros, Policy, Primary, PrimaryAction, PrimaryConfig, PrimaryInput,
-    Ticket, VmRecord,
+    Ticket, Verdict, VmRecord,
 };
 use crate::pool::{Epoch, Generation, HostName};
 use crate::registry::Versioned;
@@ -61,6 +61,8 @@ pub struct PrimarySide {
     guest_off: GuestOff,
     /// Whom the last attempt was made with, for a word after its end.
     last_peer: Option<(Peer, Generation)>,
+    /// How this side went solo, step by step.
+    solo: Failover,
     over: bool,
     /// Last: QEMU goes when all who use it are gone.
     pub(super) parts: Parts,
@@ -146,6 +148,7 @@ impl PrimarySide {
             resumed_ns: now_ns(),
             guest_off: GuestOff::No,
             last_peer: None,
+            solo: Failover::default(),
             over: false,
             parts,
         })
@@ -235,7 +238,7 @@ impl PrimarySide {
                 return;
             }
             self.input(PrimaryInput::LinkUp);
-            self.input(PrimaryInput::PeerVerdict(crate::mirror::Verdict::Alive));
+            self.input(PrimaryInput::PeerVerdict(Verdict::Alive));
             self.input(PrimaryInput::Protect { partner });
         }
     }
@@ -273,9 +276,13 @@ impl PrimarySide {
                 }
             }
             WorkerEvent::LinkDown(partner, reason) if self.concerns(&partner) => {
+                self.suspected(now_ns());
                 self.input(PrimaryInput::LinkDown { reason });
             }
-            WorkerEvent::Verdict { partner, verdict, .. } if self.concerns(&partner) => {
+            WorkerEvent::Verdict { partner, verdict, last_heard_ns } if self.concerns(&partner) => {
+                if verdict == Verdict::Lost {
+                    self.suspected(last_heard_ns);
+                }
                 self.input(PrimaryInput::PeerVerdict(verdict));
             }
             WorkerEvent::Stalled(for_) => {
@@ -288,7 +295,9 @@ impl PrimarySide {
             WorkerEvent::Acked { generation, epoch } => self.acked(generation, epoch),
             WorkerEvent::OutputWaiting => self.input(PrimaryInput::OutputWaiting),
             WorkerEvent::Pressure(kind) => self.input(PrimaryInput::Pressure(kind)),
-            WorkerEvent::Claim { ticket, outcome, .. } => {
+            WorkerEvent::Claim { ticket, outcome, asked_ns } => {
+                self.solo.claim_started_ns = asked_ns;
+                self.solo.claim_won_ns = now_ns();
                 self.input(PrimaryInput::ClaimResult { ticket, outcome });
             }
             WorkerEvent::Sent(sent) => self.sent(sent),
@@ -366,8 +375,14 @@ impl PrimarySide {
             ControlMsg::Ready => self.input(PrimaryInput::StandbyReady),
             ControlMsg::Refused { reason } => self.input(PrimaryInput::StandbyRefused { reason }),
             ControlMsg::StandbyGone { reason } => self.input(PrimaryInput::StandbyGone { reason }),
+            ControlMsg::StandbyHere => {}
             other => tracing::warn!(%from, ?other, "not a message for a primary; dropped"),
         }
+    }
+
+    /// The partner may be gone; the last of these before a won claim counts.
+    fn suspected(&mut self, last_heard_ns: u64) {
+        self.solo = Failover { kind: "solo".into(), last_heard_ns, suspected_ns: now_ns(), ..Failover::default() };
     }
 
     fn acked(&mut self, generation: Generation, epoch: Epoch) {
@@ -606,6 +621,12 @@ impl PrimarySide {
             self.last_peer = Some((attempt.peer.clone(), attempt.generation));
             if self.machine.status(now()).state == PrimaryState::Solo {
                 self.shared.event(format!("runs unmirrored, generation {generation}"));
+            }
+            if self.solo.suspected_ns != 0 {
+                let mut solo = std::mem::take(&mut self.solo);
+                solo.running_ns = now_ns();
+                solo.from_generation = attempt.generation.0;
+                self.shared.failover(solo);
             }
         }
         self.shared.update(|s| s.seeding = None);
