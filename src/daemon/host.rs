@@ -273,6 +273,14 @@ impl Host {
             )));
         }
         if let Some(Versioned { value, .. }) = &previous
+            && value.owner != *me
+        {
+            return Err(refused(format!(
+                "host {} ran VM `{}` last (generation {}) and its disks there are the newest; start it there",
+                value.owner, spec.name, value.generation
+            )));
+        }
+        if let Some(Versioned { value, .. }) = &previous
             && value.running
             && let Some(standby) = &value.standby
         {

@@ -235,6 +235,8 @@ pub struct Guest {
     pub protection: &'static str,
     /// Further lines at the top of the spec.
     pub more: String,
+    /// Further disks, as `[[disk]]` tables.
+    pub disks: String,
 }
 
 impl Guest {
@@ -251,6 +253,7 @@ impl Guest {
             parameters: "pollux.mode=counter,disk,memory pollux.disk_iops=50 pollux.mem_pages_s=300 pollux.mem_mb=8".into(),
             protection: "none",
             more: String::new(),
+            disks: String::new(),
         }
     }
 
@@ -264,15 +267,16 @@ impl Guest {
             self.parameters
         );
         format!(
-            "name = \"{0}\"\nuuid = \"6f1c0a52-3f0e-4b0c-9a39-{1:06x}00{n:02x}11\"\nmemory = \"{2}\"\n\
+            "name = \"{0}\"\nuuid = \"{n:02x}{1:06x}-3f0e-4b0c-9a39-3d6a2c1f6f11\"\nmemory = \"{2}\"\n\
              vcpus = 1\naccel = \"tcg\"\n{boot}\nprotection = \"{3}\"\n{4}\n\
-             [[disk]]\nname = \"data\"\npath = \"{0}.raw\"\nsize = {5}\n[[nic]]\nname = \"lan\"\nbridge = \"br0\"\n",
+             [[disk]]\nname = \"data\"\npath = \"{0}.raw\"\nsize = {5}\n{6}[[nic]]\nname = \"lan\"\nbridge = \"br0\"\n",
             self.name,
             std::process::id() & 0xff_ffff,
             self.memory,
             self.protection,
             self.more,
             self.disk_bytes,
+            self.disks,
         )
     }
 }
@@ -293,17 +297,22 @@ impl Vm<'_> {
         self.client()
     }
 
-    /// A client outside, once the guest takes connections.
+    /// A client outside, once the guest answers. A guest that is about to reboot may still
+    /// take a connection and forget it, so only an answer counts.
     pub fn client(&self) -> Counter {
         let outside = self.bed.lab.place_fd(&Place::Outside).unwrap();
         let address = SocketAddr::from((self.ip, COUNTER_PORT));
-        let stream = eventually("the guest takes a connection", || {
-            let limit = Duration::from_secs(1);
-            in_network(outside.as_fd(), || TcpStream::connect_timeout(&address, limit)).unwrap().ok()
+        let limit = Duration::from_secs(1);
+        let mut counter = eventually("the guest answers", || {
+            let connect = || TcpStream::connect_timeout(&address, limit);
+            let stream = in_network(outside.as_fd(), connect).unwrap().ok()?;
+            stream.set_read_timeout(Some(limit)).unwrap();
+            stream.set_nodelay(true).unwrap();
+            let mut counter = Counter { stream: BufReader::new(stream), requests: 0 };
+            (counter.try_ask("PING").ok()? == "PONG").then_some(counter)
         });
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_nodelay(true).unwrap();
-        Counter { stream: BufReader::new(stream), requests: 0 }
+        counter.stream.get_mut().set_read_timeout(Some(PATIENCE)).unwrap();
+        counter
     }
 }
 
