@@ -13,6 +13,7 @@ use interconnect::frame::{Frame, FrameKind};
 use interconnect::heartbeat::{Heartbeat, HeartbeatConfig, HeartbeatLink};
 use interconnect::identity::Identity;
 use interconnect::link::{Interconnect, LinkAddr, LinkEvent, LinkSettings, PairConfig};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -28,6 +29,7 @@ pub struct Partner {
     pub interconnect: Interconnect,
     heartbeat: Arc<Heartbeat>,
     refused: Arc<Mutex<Option<String>>>,
+    alive: Arc<AtomicBool>,
 }
 
 /// What a partner is started with.
@@ -84,6 +86,8 @@ impl Partner {
         )
         .map_err(|e| e.to_string())?;
         let (routes, partner) = (setup.routes.clone(), name.clone());
+        let alive = Arc::new(AtomicBool::new(false));
+        let heard = Arc::clone(&alive);
         let heartbeat = Heartbeat::start(HeartbeatConfig {
             me: setup.me.to_string(),
             peer: name.to_string(),
@@ -96,7 +100,12 @@ impl Partner {
                 .collect(),
             period: setup.period,
             detection: setup.detection,
-            on_verdict: Box::new(move |verdict, age| on_verdict(&routes, &partner, verdict, age)),
+            on_verdict: Box::new(move |verdict, age| {
+                if !matches!(verdict, detector::Verdict::SelfStalled { .. }) {
+                    heard.store(verdict == detector::Verdict::Alive, Ordering::Relaxed);
+                }
+                on_verdict(&routes, &partner, verdict, age);
+            }),
         })
         .map_err(|e| e.to_string())?;
         let heartbeat = Arc::new(heartbeat);
@@ -112,13 +121,17 @@ impl Partner {
             .name("partner".into())
             .spawn(move || pump.run(events))
             .map_err(|e| format!("no thread for the partner's events: {e}"))?;
-        Ok(Self { config: setup.config, interconnect, heartbeat, refused })
+        Ok(Self { config: setup.config, interconnect, heartbeat, refused, alive })
     }
 
     /// As a worker sees it.
     #[must_use]
     pub fn peer(&self) -> Peer {
-        Peer { interconnect: self.interconnect.clone(), name: self.config.partner.clone() }
+        Peer {
+            interconnect: self.interconnect.clone(),
+            name: self.config.partner.clone(),
+            alive: Arc::clone(&self.alive),
+        }
     }
 
     /// What is known of it.

@@ -188,7 +188,7 @@ impl PrimarySide {
         if self.over || self.machine.status(now()).state != PrimaryState::Solo || now() < self.retry_at {
             return;
         }
-        if self.env.peer(&partner).is_some_and(|p| p.interconnect.session().is_some()) {
+        if self.env.peer(&partner).is_some_and(|p| p.is_there()) {
             self.retry_at = now() + self.retry_wait;
             if let Err(reason) = self.admit() {
                 self.shared.event(format!("not mirrored: {reason}"));
