@@ -94,7 +94,9 @@ pub(super) fn run(command: VmCommand, client: &Client, json: bool) -> anyhow::Re
         VmCommand::Create { spec } => {
             let (text, origin) = if spec.as_os_str() == "-" {
                 let mut text = String::new();
-                std::io::stdin().read_to_string(&mut text).context("cannot read the spec")?;
+                std::io::stdin()
+                    .read_to_string(&mut text)
+                    .context("cannot read the spec")?;
                 (text, "standard input".to_owned())
             } else {
                 let text = std::fs::read_to_string(&spec)
@@ -114,17 +116,29 @@ pub(super) fn run(command: VmCommand, client: &Client, json: bool) -> anyhow::Re
         VmCommand::Switchover { name } => simple(client, &name, "switchover", json),
         VmCommand::List => {
             let vms: Vec<VmStatus> = block(client.get("/v1/vms"))?;
-            if json { print_json(&vms) } else { out(&show::vm_table(&vms)) }
+            if json {
+                print_json(&vms)
+            } else {
+                out(&show::vm_table(&vms))
+            }
         }
         VmCommand::Show { name } => {
             let vm: VmStatus = block(client.get(&format!("/v1/vms/{name}")))?;
-            if json { print_json(&vm) } else { out(&show::vm_details(&vm)) }
+            if json {
+                print_json(&vm)
+            } else {
+                out(&show::vm_details(&vm))
+            }
         }
         VmCommand::Spec { name } => {
             let spec: String = block(client.get(&format!("/v1/vms/{name}/spec")))?;
             if json { print_json(&spec) } else { out(&spec) }
         }
-        VmCommand::Protect { name, partner, wait } => {
+        VmCommand::Protect {
+            name,
+            partner,
+            wait,
+        } => {
             let done: Done =
                 block(client.post(&format!("/v1/vms/{name}/protect"), &Protect { partner }))?;
             if let Some(seconds) = wait {
@@ -167,7 +181,10 @@ fn wait_mirrored(client: &Client, name: &str, limit: Duration, json: bool) -> an
         let vm: VmStatus = block(client.get(&format!("/v1/vms/{name}")))?;
         if vm.mirrored {
             if progress {
-                eprintln!("\rmirrored after {:.1} s                    ", begun.elapsed().as_secs_f64());
+                eprintln!(
+                    "\rmirrored after {:.1} s                    ",
+                    begun.elapsed().as_secs_f64()
+                );
             }
             return Ok(());
         }
@@ -175,8 +192,14 @@ fn wait_mirrored(client: &Client, name: &str, limit: Duration, json: bool) -> an
             bail!("VM `{name}` does not run here any more; see `pollux vm show {name}`");
         }
         if begun.elapsed() > limit {
-            let why = vm.warnings.first().map_or(vm.state.as_str(), String::as_str);
-            bail!("VM `{name}` is not mirrored after {} s: {why}", limit.as_secs());
+            let why = vm
+                .warnings
+                .first()
+                .map_or(vm.state.as_str(), String::as_str);
+            bail!(
+                "VM `{name}` is not mirrored after {} s: {why}",
+                limit.as_secs()
+            );
         }
         if progress {
             match &vm.seeding {

@@ -2,11 +2,12 @@
 
 use super::claims::Claims;
 use super::clock::now_ns;
-use super::config::{HostConfig, LinkConfig};
+use super::config::HostConfig;
 use super::control::ControlMsg;
 use super::partner::{OnUnrouted, Partner, PartnerSetup};
 use super::store::Store;
 use super::worker::{self, Begin, Env, Routes, Shared, VmCommand, WorkerConfig, WorkerEvent};
+use crate::api::types::LinkConfig;
 use crate::api::types::{ApiError, Done, HostInfo, HostStatus, Role, VmStatus};
 use crate::mirror::{ClaimOutcome, VmRecord};
 use crate::pool::spec::{Boot, Protection, VmSpec};
@@ -44,7 +45,9 @@ pub struct Host {
 }
 
 fn refused(error: impl std::fmt::Display) -> ApiError {
-    ApiError { error: error.to_string() }
+    ApiError {
+        error: error.to_string(),
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -67,7 +70,9 @@ impl Host {
         }
         let qemu = probe::find_qemu(&config.qemu)?;
         tracing::info!(version = %qemu.version, "QEMU is {}", qemu.program.display());
-        let identity = Arc::new(Identity::load_or_create(&config.state_dir.join("identity"))?);
+        let identity = Arc::new(Identity::load_or_create(
+            &config.state_dir.join("identity"),
+        )?);
         let registry = FileRegistry::new(&config.registry_dir, FileRegistryOptions::default());
         let claims = Claims::start(Box::new(registry))?;
         let store = Store::open(&config.state_dir)?;
@@ -129,7 +134,10 @@ impl Host {
     #[must_use]
     pub fn status(&self) -> HostStatus {
         let partners: Vec<_> = lock(&self.partners).values().cloned().collect();
-        let shared: Vec<_> = lock(&self.vms).values().map(|e| Arc::clone(&e.shared)).collect();
+        let shared: Vec<_> = lock(&self.vms)
+            .values()
+            .map(|e| Arc::clone(&e.shared))
+            .collect();
         let mut vms: Vec<VmStatus> = shared.iter().map(|s| s.snapshot()).collect();
         vms.sort_by(|a, b| a.name.cmp(&b.name));
         HostStatus {
@@ -146,7 +154,11 @@ impl Host {
             .map(|e| (Arc::clone(&e.spec), Arc::clone(&e.shared)))
             .ok_or_else(|| {
                 let known: Vec<_> = vms.values().map(|e| e.spec.name.as_str()).collect();
-                let known = if known.is_empty() { "none".into() } else { known.join(", ") };
+                let known = if known.is_empty() {
+                    "none".into()
+                } else {
+                    known.join(", ")
+                };
                 refused(format!(
                     "host {} knows no VM `{name}`; it knows: {known}",
                     self.env.config.name
@@ -189,7 +201,9 @@ impl Host {
         }
         self.store.put_spec(&spec).map_err(refused)?;
         self.know(Arc::new(spec));
-        Ok(Done { notes: notes.iter().map(ToString::to_string).collect() })
+        Ok(Done {
+            notes: notes.iter().map(ToString::to_string).collect(),
+        })
     }
 
     /// Forget a VM that does not run here. Its images stay.
@@ -206,7 +220,9 @@ impl Host {
         }
         self.store.delete_spec(&spec).map_err(refused)?;
         lock(&self.vms).remove(&spec.uuid);
-        Ok(Done { notes: vec!["its disk images were left in place".into()] })
+        Ok(Done {
+            notes: vec!["its disk images were left in place".into()],
+        })
     }
 
     /// Start a VM here.
@@ -216,21 +232,39 @@ impl Host {
     pub fn vm_start(&self, name: &str) -> Result<Done, ApiError> {
         let (spec, shared) = self.find(name)?;
         if shared.snapshot().role != Role::Stopped {
-            return Err(refused(format!("VM `{name}` is here already; see `pollux vm show {name}`")));
+            return Err(refused(format!(
+                "VM `{name}` is here already; see `pollux vm show {name}`"
+            )));
         }
         let record = self.claim_start(&spec)?;
         let generation = record.value.generation;
         let partner = (spec.protection == Protection::Mirrored)
-            .then(|| spec.mirror.partner.clone().or_else(|| self.only_partner().ok()))
+            .then(|| {
+                spec.mirror
+                    .partner
+                    .clone()
+                    .or_else(|| self.only_partner().ok())
+            })
             .flatten();
         let machines = &self.qemu.machines;
         let machine = probe::common_machine(&spec, machines, machines).map_err(refused)?;
         let accel = self.choose_accel(&spec, &shared)?;
-        let config = WorkerConfig { spec: Arc::clone(&spec), machine, accel, partner };
+        let config = WorkerConfig {
+            spec: Arc::clone(&spec),
+            machine,
+            accel,
+            partner,
+        };
         let (tx, rx) = sync_channel(1);
-        worker::start(Arc::clone(&self.env), config, Begin::Primary { record }, shared, move |r| {
-            let _ = tx.send(r);
-        })
+        worker::start(
+            Arc::clone(&self.env),
+            config,
+            Begin::Primary { record },
+            shared,
+            move |r| {
+                let _ = tx.send(r);
+            },
+        )
         .map_err(refused)?;
         match rx.recv_timeout(START_DEADLINE) {
             Ok(Ok(())) => Ok(Done::default()),
@@ -250,8 +284,12 @@ impl Host {
             kernels.insert(0, kernel.clone());
         }
         let cache = &self.env.config.state_dir;
-        let verdict = accel::choose_accel(spec.accel, &self.qemu, &kernels, cache).map_err(refused)?;
-        shared.event(format!("accelerator {:?}: {}", verdict.accel, verdict.reason));
+        let verdict =
+            accel::choose_accel(spec.accel, &self.qemu, &kernels, cache).map_err(refused)?;
+        shared.event(format!(
+            "accelerator {:?}: {}",
+            verdict.accel, verdict.reason
+        ));
         Ok(verdict.accel)
     }
 
@@ -282,11 +320,18 @@ impl Host {
             )));
         }
         let value = VmRecord::started(me.clone(), previous.as_ref().map(|p| &p.value));
-        match self.env.claims.claim_blocking(spec.uuid, previous.map(|p| p.version), value) {
+        match self
+            .env
+            .claims
+            .claim_blocking(spec.uuid, previous.map(|p| p.version), value)
+        {
             ClaimOutcome::Won(record) => Ok(record),
             ClaimOutcome::Lost(now) => {
                 let by = now.map_or("somebody".into(), |n| n.value.owner.to_string());
-                Err(refused(format!("{by} claimed VM `{}` at the same moment", spec.name)))
+                Err(refused(format!(
+                    "{by} claimed VM `{}` at the same moment",
+                    spec.name
+                )))
             }
             ClaimOutcome::Unreachable { reason } => Err(refused(reason)),
         }
@@ -297,8 +342,12 @@ impl Host {
         let mut names = partners.keys();
         match (names.next(), names.next()) {
             (Some(only), None) => Ok(only.clone()),
-            (None, _) => Err(refused("this host has no partner; make a link with `pollux link create`")),
-            _ => Err(refused("this host has several partners; name one with --partner")),
+            (None, _) => Err(refused(
+                "this host has no partner; make a link with `pollux link create`",
+            )),
+            _ => Err(refused(
+                "this host has several partners; name one with --partner",
+            )),
         }
     }
 
@@ -309,7 +358,10 @@ impl Host {
     pub fn vm_protect(&self, name: &str, partner: Option<HostName>) -> Result<Done, ApiError> {
         let (spec, _) = self.find(name)?;
         if let Some(reason) = &self.cannot_mirror {
-            return Err(refused(format!("host {} cannot mirror: {reason}", self.env.config.name)));
+            return Err(refused(format!(
+                "host {} cannot mirror: {reason}",
+                self.env.config.name
+            )));
         }
         let partner = match partner.or_else(|| spec.mirror.partner.clone()) {
             Some(partner) => partner,
@@ -325,25 +377,37 @@ impl Host {
     pub fn vm_command(&self, name: &str, command: VmCommand) -> Result<Done, ApiError> {
         let (spec, _) = self.find(name)?;
         let (tx, rx) = tokio::sync::oneshot::channel();
-        if !self.env.routes.send(spec.uuid, WorkerEvent::Command(command, tx)) {
+        if !self
+            .env
+            .routes
+            .send(spec.uuid, WorkerEvent::Command(command, tx))
+        {
             return Err(refused(format!(
                 "VM `{name}` does not run on host {}; `pollux vm start {name}`, or ask the host that runs it",
                 self.env.config.name
             )));
         }
-        let answer = self.runtime.block_on(async { tokio::time::timeout(COMMAND_DEADLINE, rx).await });
+        let answer = self
+            .runtime
+            .block_on(async { tokio::time::timeout(COMMAND_DEADLINE, rx).await });
         match answer {
             Ok(Ok(Ok(()))) => Ok(Done::default()),
             Ok(Ok(Err(reason))) => Err(refused(format!("VM `{name}`: {reason}"))),
             Ok(Err(_)) => Err(refused(format!("VM `{name}` ended while it was asked"))),
-            Err(_) => Err(refused(format!("VM `{name}` did not answer in {} s", COMMAND_DEADLINE.as_secs()))),
+            Err(_) => Err(refused(format!(
+                "VM `{name}` did not answer in {} s",
+                COMMAND_DEADLINE.as_secs()
+            ))),
         }
     }
 
     /// The pinned links.
     #[must_use]
     pub fn links(&self) -> Vec<LinkConfig> {
-        lock(&self.partners).values().map(|p| p.config.clone()).collect()
+        lock(&self.partners)
+            .values()
+            .map(|p| p.config.clone())
+            .collect()
     }
 
     /// Pin a partner and connect to it.
@@ -371,9 +435,11 @@ impl Host {
     /// If it is not known, or a VM is mirrored with it.
     pub fn link_remove(&self, partner: &str) -> Result<Done, ApiError> {
         let name = HostName::new(partner).map_err(refused)?;
-        let in_use = self.status().vms.into_iter().find(|vm| {
-            vm.role != Role::Stopped && vm.partner.as_ref() == Some(&name)
-        });
+        let in_use = self
+            .status()
+            .vms
+            .into_iter()
+            .find(|vm| vm.role != Role::Stopped && vm.partner.as_ref() == Some(&name));
         if let Some(vm) = in_use {
             return Err(refused(format!(
                 "VM `{}` is mirrored with {name}; `pollux vm unprotect {}` first",
@@ -412,7 +478,13 @@ impl Host {
     }
 
     /// A partner speaks of a VM that has no worker here.
-    fn unrouted(self: &Arc<Self>, from: &HostName, vm: VmId, generation: Generation, message: ControlMsg) {
+    fn unrouted(
+        self: &Arc<Self>,
+        from: &HostName,
+        vm: VmId,
+        generation: Generation,
+        message: ControlMsg,
+    ) {
         match message {
             ControlMsg::Prepare { .. } => self.prepare(from, vm, generation, message),
             ControlMsg::StandbyHere => {
@@ -421,12 +493,20 @@ impl Host {
                     peer.say(vm, generation, &ControlMsg::PrimaryGone { reason });
                 }
             }
-            other => tracing::info!(partner = %from, %vm, ?other, "a message for a VM that is not here"),
+            other => {
+                tracing::info!(partner = %from, %vm, ?other, "a message for a VM that is not here")
+            }
         }
     }
 
     /// A partner asks for a standby.
-    fn prepare(self: &Arc<Self>, from: &HostName, vm: VmId, generation: Generation, message: ControlMsg) {
+    fn prepare(
+        self: &Arc<Self>,
+        from: &HostName,
+        vm: VmId,
+        generation: Generation,
+        message: ControlMsg,
+    ) {
         let host = Arc::clone(self);
         let from = from.clone();
         // Reading the registry may take a while; the partner's other messages must not wait.
@@ -447,7 +527,13 @@ impl Host {
         generation: Generation,
         message: ControlMsg,
     ) -> Result<(), String> {
-        let ControlMsg::Prepare { spec, machine, accel, qemu } = message else {
+        let ControlMsg::Prepare {
+            spec,
+            machine,
+            accel,
+            qemu,
+        } = message
+        else {
             return Err("not a request for a standby".into());
         };
         let me = &self.env.config.name;
@@ -456,11 +542,16 @@ impl Host {
         }
         let spec = VmSpec::parse(&spec, &format!("spec from {from}")).map_err(|e| e.to_string())?;
         if spec.uuid != vm {
-            return Err(format!("the spec is of VM {}, the request of {vm}", spec.uuid));
+            return Err(format!(
+                "the spec is of VM {}, the request of {vm}",
+                spec.uuid
+            ));
         }
         let ours = self.qemu.version.to_string();
         if ours != qemu {
-            tracing::warn!("{from} runs QEMU {qemu}, {me} has {ours}; machine type {machine} must be known to both");
+            tracing::warn!(
+                "{from} runs QEMU {qemu}, {me} has {ours}; machine type {machine} must be known to both"
+            );
         }
         if !self.qemu.machines.contains(&machine) {
             return Err(format!(
@@ -476,19 +567,37 @@ impl Host {
         let spec = Arc::new(spec);
         let shared = self.know(Arc::clone(&spec));
         if shared.snapshot().role != Role::Stopped {
-            return Err(format!("VM `{}` is still here on {me}; it is being put away", spec.name));
+            return Err(format!(
+                "VM `{}` is still here on {me}; it is being put away",
+                spec.name
+            ));
         }
         self.store.put_spec(&spec).map_err(|e| e.to_string())?;
-        let config = WorkerConfig { spec, machine, accel, partner: Some(from.clone()) };
-        let begin = Begin::Standby { primary: from.clone(), generation };
-        worker::start(Arc::clone(&self.env), config, begin, shared, |_| {}).map_err(|e| e.to_string())
+        let config = WorkerConfig {
+            spec,
+            machine,
+            accel,
+            partner: Some(from.clone()),
+        };
+        let begin = Begin::Standby {
+            primary: from.clone(),
+            generation,
+        };
+        worker::start(Arc::clone(&self.env), config, begin, shared, |_| {})
+            .map_err(|e| e.to_string())
     }
 
     /// Only the owner may have a standby, and only of its own attempt: the copy that is
     /// here is overwritten.
-    fn check_record(&self, from: &HostName, vm: VmId, generation: Generation) -> Result<(), String> {
+    fn check_record(
+        &self,
+        from: &HostName,
+        vm: VmId,
+        generation: Generation,
+    ) -> Result<(), String> {
         match self.env.claims.read_blocking(vm) {
-            ClaimOutcome::Lost(Some(Versioned { value, .. })) | ClaimOutcome::Won(Versioned { value, .. }) => {
+            ClaimOutcome::Lost(Some(Versioned { value, .. }))
+            | ClaimOutcome::Won(Versioned { value, .. }) => {
                 if value.owner != *from || value.generation != generation {
                     return Err(format!(
                         "the registry says that {} runs VM {vm} in generation {}, not {from} in {generation}",

@@ -17,7 +17,6 @@
 //! It must never decide: what to do next is the machine's word.
 
 mod attempt;
-mod verify;
 mod busy;
 mod cutting;
 mod ingress;
@@ -28,6 +27,7 @@ mod receiver;
 mod seeder;
 mod sender;
 mod standby;
+mod verify;
 
 pub use publish::Shared;
 
@@ -238,7 +238,11 @@ impl Env {
     /// The partner called `name`, if a link to it is pinned.
     #[must_use]
     pub fn peer(&self, name: &HostName) -> Option<Peer> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+        self.peers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .cloned()
     }
 }
 
@@ -308,17 +312,22 @@ fn run(
     started: impl FnOnce(Result<(), String>),
 ) {
     let promoted = match begin {
-        Begin::Primary { record } => match primary::PrimarySide::boot(env, config, record, shared) {
-            Ok(side) => {
-                started(Ok(()));
-                side
+        Begin::Primary { record } => {
+            match primary::PrimarySide::boot(env, config, record, shared) {
+                Ok(side) => {
+                    started(Ok(()));
+                    side
+                }
+                Err(reason) => {
+                    shared.event(format!("not started: {reason}"));
+                    return started(Err(reason));
+                }
             }
-            Err(reason) => {
-                shared.event(format!("not started: {reason}"));
-                return started(Err(reason));
-            }
-        },
-        Begin::Standby { primary, generation } => {
+        }
+        Begin::Standby {
+            primary,
+            generation,
+        } => {
             started(Ok(()));
             match standby::run(env, config, primary, generation, inbox, shared) {
                 Some(side) => *side,

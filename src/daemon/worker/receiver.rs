@@ -42,11 +42,17 @@ impl Landing {
 
     /// The assembler.
     pub fn assembler(&self) -> MutexGuard<'_, EpochAssembler> {
-        self.assembler.lock().unwrap_or_else(PoisonError::into_inner)
+        self.assembler
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Put one page where it belongs. The index was checked when it was decoded.
-    pub fn put_page(ram: &mut RamImage, index: u64, content: PageContent<'_>) -> Result<(), String> {
+    pub fn put_page(
+        ram: &mut RamImage,
+        index: u64,
+        content: PageContent<'_>,
+    ) -> Result<(), String> {
         match content {
             PageContent::Zero => ram.zero_page(index).map_err(|e| e.to_string()),
             PageContent::Raw(page) => ram.write_page(index, page).map_err(|e| e.to_string()),
@@ -64,7 +70,11 @@ pub fn start(
     inbox: Sender<WorkerEvent>,
 ) -> std::io::Result<()> {
     let receive = move || {
-        let mut receiver = Receiver { landing, inbox, blocks: Some(BytesMut::new()) };
+        let mut receiver = Receiver {
+            landing,
+            inbox,
+            blocks: Some(BytesMut::new()),
+        };
         while let Some(frame) = frames.blocking_recv() {
             let epoch = frame.epoch;
             if let Err(reason) = receiver.frame(frame) {
@@ -73,7 +83,10 @@ pub fn start(
             }
         }
     };
-    std::thread::Builder::new().name("epoch-recv".into()).spawn(receive).map(drop)
+    std::thread::Builder::new()
+        .name("epoch-recv".into())
+        .spawn(receive)
+        .map(drop)
 }
 
 struct Receiver {
@@ -103,7 +116,11 @@ impl Receiver {
             }
             _ => {
                 self.end_blocks();
-                let whole = self.landing.assembler().push(frame).map_err(|e| e.to_string())?;
+                let whole = self
+                    .landing
+                    .assembler()
+                    .push(frame)
+                    .map_err(|e| e.to_string())?;
                 if let Some(epoch) = whole {
                     let _ = self.inbox.send(WorkerEvent::Whole(Box::new(epoch)));
                 }
@@ -117,7 +134,9 @@ impl Receiver {
             return Err("RAM blocks came twice".into());
         };
         if blocks.len() + piece.len() > BLOCKS_BYTES_MAX {
-            return Err(format!("RAM blocks outside the RAM file exceed {BLOCKS_BYTES_MAX} bytes"));
+            return Err(format!(
+                "RAM blocks outside the RAM file exceed {BLOCKS_BYTES_MAX} bytes"
+            ));
         }
         blocks.extend_from_slice(piece);
         Ok(())
@@ -146,8 +165,13 @@ impl Receiver {
         let sizes: Vec<u64> = self.landing.disks.iter().map(|d| d.len()).collect();
         for write in decode_disk_writes(batch, &sizes).map_err(|e| e.to_string())? {
             let (index, write) = from_wire(write);
-            let disk = self.landing.disks.get(index).ok_or("a write for a disk the VM has not")?;
-            disk.apply(self.landing.generation, &[write]).map_err(|e| e.to_string())?;
+            let disk = self
+                .landing
+                .disks
+                .get(index)
+                .ok_or("a write for a disk the VM has not")?;
+            disk.apply(self.landing.generation, &[write])
+                .map_err(|e| e.to_string())?;
         }
         Ok(())
     }
