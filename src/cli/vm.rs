@@ -10,26 +10,29 @@ use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+const CREATE_HELP: &str = "\
+Take in a VM from its spec; it does not start yet. A spec is TOML:
+
+  name = \"orders\"
+  uuid = \"6f1c0a52-3f0e-4b0c-9a39-3d6a2c1f6f11\"
+  memory = \"512 MiB\"
+  vcpus = 2
+  boot = \"disk\"
+  protection = \"mirrored\"
+  [[disk]]
+  name = \"root\"
+  path = \"orders.raw\"
+  size = \"8 GiB\"
+  [[nic]]
+  name = \"lan\"
+  bridge = \"br0\"
+
+A relative path of a disk starts at the host's image folder, STATE_DIR/images.";
+
 #[derive(Subcommand)]
 pub(super) enum VmCommand {
     /// Take in a VM from its spec; it does not start yet.
-    ///
-    /// A spec is TOML:
-    ///
-    ///   name = "orders"
-    ///   uuid = "6f1c0a52-3f0e-4b0c-9a39-3d6a2c1f6f11"
-    ///   memory = "512 MiB"
-    ///   vcpus = 2
-    ///   boot = "disk"
-    ///   protection = "mirrored"
-    ///   [[disk]]
-    ///   name = "root"
-    ///   path = "orders.raw"
-    ///   size = "8 GiB"
-    ///   [[nic]]
-    ///   name = "lan"
-    ///   bridge = "br0"
-    #[command(verbatim_doc_comment)]
+    #[command(long_about = CREATE_HELP)]
     Create {
         /// The spec's file; - for standard input.
         spec: PathBuf,
