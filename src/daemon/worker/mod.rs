@@ -131,12 +131,11 @@ pub enum WorkerEvent {
     },
     /// The stream of RAM blocks outside the RAM file.
     Blocks(bytes::Bytes),
-    /// QEMU ended by itself.
+    /// QEMU ended, and not by this daemon. A guest that powers itself off does not end
+    /// QEMU, so this is never the guest's wish, whatever the exit status.
     QemuExit {
         /// In words.
         reason: String,
-        /// It ended as it does when the guest powers off.
-        clean: bool,
     },
 }
 

@@ -316,7 +316,7 @@ impl<'a> StandbySide<'a> {
                 self.failover.claim_won_ns = now_ns();
                 self.input(StandbyInput::ClaimResult { ticket, outcome });
             }
-            WorkerEvent::QemuExit { reason, .. } => {
+            WorkerEvent::QemuExit { reason } => {
                 self.input(StandbyInput::StandbyGuestDied { reason });
             }
             _ => {}
