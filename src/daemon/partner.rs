@@ -74,6 +74,7 @@ impl Partner {
                 settings: LinkSettings::default(),
                 on_ack: Some(Arc::new(move |frame: Frame| {
                     let Frame { vm, generation, epoch, .. } = frame;
+                    tracing::debug!(%vm, %epoch, "acknowledged");
                     if !acks.send(vm, WorkerEvent::Acked { generation, epoch }) {
                         tracing::debug!(%vm, %epoch, "an acknowledgement for no worker");
                     }

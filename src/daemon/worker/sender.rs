@@ -161,7 +161,9 @@ fn send(config: &mut SenderConfig, writer: &mut EpochWriter, job: &mut EpochJob)
         lane.send_blocking(frame)
     };
     let words = |e: WriteError<SendError>| e.to_string();
-    writer.begin(job.epoch);
+    let epoch = job.epoch;
+    tracing::debug!(%epoch, pages = job.staging.len_pages(), queued = lane.queued_bytes(), "epoch to the lane");
+    writer.begin(epoch);
     writer.pages(job.staging.iter(), &mut put).map_err(words)?;
     for (index, ranges) in job.base.iter().enumerate() {
         for chunk in ranges.iter().flat_map(|r| chunks(r.clone())) {
@@ -193,6 +195,7 @@ fn send(config: &mut SenderConfig, writer: &mut EpochWriter, job: &mut EpochJob)
         job.meta.audit = audit.sums();
     }
     writer.finish(&job.meta, &mut put).map_err(words)?;
+    tracing::debug!(%epoch, bytes, queued = lane.queued_bytes(), "epoch in the lane");
     Ok(bytes)
 }
 
