@@ -1,7 +1,7 @@
 //! Asks a daemon over its unix socket.
 
 use super::BODY_BYTES_MAX;
-use super::types::ApiError;
+use super::types::{ApiError, Done, HostInfo, LinkAddrs, LinkConfig};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Method, Request};
@@ -146,4 +146,40 @@ impl Client {
         driver.abort();
         Ok((status, bytes))
     }
+}
+
+/// Wait for one exchange with a daemon, for callers without a runtime.
+pub fn block<T>(exchange: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime without worker threads needs only an epoll descriptor")
+        .block_on(exchange)
+}
+
+/// Pin two daemons to each other: exchange fingerprints, tell both the `links` as
+/// `here` writes them.
+///
+/// # Errors
+/// [`ClientError`] of the first exchange that failed; `here` may be pinned already then.
+pub async fn pin_both(
+    here: &Client,
+    there: &Client,
+    links: &[LinkAddrs],
+) -> Result<(HostInfo, HostInfo), ClientError> {
+    let a: HostInfo = here.get("/v1/host").await?;
+    let b: HostInfo = there.get("/v1/host").await?;
+    let to_b = LinkConfig {
+        partner: b.name.clone(),
+        fingerprint: b.fingerprint.clone(),
+        links: links.to_vec(),
+    };
+    let to_a = LinkConfig {
+        partner: a.name.clone(),
+        fingerprint: a.fingerprint.clone(),
+        links: links.iter().map(|l| l.mirrored()).collect(),
+    };
+    let _: Done = here.post("/v1/links", &to_b).await?;
+    let _: Done = there.post("/v1/links", &to_a).await?;
+    Ok((a, b))
 }

@@ -235,7 +235,7 @@ pub struct Event {
 }
 
 /// A pinned partner and its links.
-pub use crate::daemon::config::{LinkAddrs, LinkConfig};
+pub use crate::daemon::config::{LINK_PORT, LinkAddrs, LinkConfig};
 
 /// `POST /v1/vms`.
 #[derive(Debug, Clone, Serialize, Deserialize)]

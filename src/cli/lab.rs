@@ -1,18 +1,13 @@
-//! `pollux lab …`, `pollux drill …`, `pollux demo`
+//! `pollux lab …`
 
-use super::link::{PORT, create_both};
 use super::print_json;
-use crate::api::client::Client;
-use crate::api::types::LinkAddrs;
-use crate::lab::{HostNet, KeepPolicy, Lab, LabSpec, Place};
+use crate::lab::daemons::lab_up;
+use crate::lab::{KeepPolicy, Lab, Place};
 use crate::pool::HostName;
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Subcommand;
 use std::ffi::OsString;
-use std::net::SocketAddr;
-use std::path::Path;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 /// Name of a lab unless told otherwise.
 const DEFAULT_LAB: &str = "lab";
@@ -59,73 +54,6 @@ pub(super) enum LabCommand {
     },
 }
 
-#[derive(Subcommand)]
-pub(super) enum DrillCommand {}
-
-/// A lab host's configuration.
-fn host_config(name: &HostName, net: &HostNet) -> String {
-    let path = |p: &Path| toml::Value::String(p.display().to_string()).to_string();
-    format!(
-        "name = \"{name}\"\nstate_dir = {}\nrun_dir = {}\nram_dir = {}\napi_socket = {}\nregistry_dir = {}\n",
-        path(&net.state_dir),
-        path(&net.run_dir),
-        path(&net.run_dir.join("ram")),
-        path(&net.api_socket),
-        path(&net.shared_dir),
-    )
-}
-
-/// How long a lab's daemons may take until they answer.
-const DAEMON_DEADLINE: Duration = Duration::from_secs(30);
-
-/// Wait until the daemon behind `socket` answers.
-pub(crate) fn wait_daemon(socket: &Path) -> anyhow::Result<()> {
-    let client = Client::new(socket);
-    let begun = Instant::now();
-    loop {
-        let asked: Result<crate::api::types::HostInfo, _> = super::block(client.get("/v1/host"));
-        match asked {
-            Ok(_) => return Ok(()),
-            Err(e) if begun.elapsed() > DAEMON_DEADLINE => return Err(e.into()),
-            Err(_) => std::thread::sleep(Duration::from_millis(20)),
-        }
-    }
-}
-
-/// Make a lab whose daemons answer and are linked in pairs.
-pub(crate) fn lab_up(
-    name: &str,
-    hosts: Vec<HostName>,
-    private_links: u8,
-    keep: KeepPolicy,
-) -> anyhow::Result<Lab> {
-    let mut spec = LabSpec::new(name, Box::new(host_config))?;
-    spec.hosts = hosts;
-    spec.private_links = private_links;
-    spec.keep = keep;
-    let lab = Lab::up(spec)?;
-    let nets = lab.plan().hosts.clone();
-    for net in &nets {
-        wait_daemon(&net.api_socket).with_context(|| {
-            format!("the daemon of host {} does not answer; see {}", net.name, net.daemon_log.display())
-        })?;
-    }
-    for (i, net) in nets.iter().enumerate() {
-        for partner in &nets[i + 1..] {
-            let links: Vec<LinkAddrs> = net
-                .links
-                .iter()
-                .filter(|l| l.partner == partner.name)
-                .map(|l| LinkAddrs {
-                    local: SocketAddr::new(l.local.into(), PORT),
-                    peer: SocketAddr::new(l.remote.into(), PORT),
-                })
-                .collect();
-            create_both(&Client::new(&net.api_socket), &Client::new(&partner.api_socket), &links)?;
-        }
-    }
-    Ok(lab)
-}
 
 pub(super) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
     match command {
@@ -166,12 +94,4 @@ pub(super) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-pub(super) fn drill(command: DrillCommand, _json: bool) -> anyhow::Result<ExitCode> {
-    match command {}
-}
-
-pub(super) fn demo(_json: bool) -> anyhow::Result<ExitCode> {
-    bail!("not here yet")
 }

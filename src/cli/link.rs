@@ -1,16 +1,13 @@
 //! `pollux link …`
 
-use super::{block, print_json};
-use crate::api::client::Client;
-use crate::api::types::{Done, HostInfo, LinkAddrs, LinkConfig, PartnerStatus};
+use super::print_json;
+use crate::api::client::{Client, block, pin_both};
+use crate::api::types::{Done, HostInfo, LINK_PORT, LinkAddrs, LinkConfig, PartnerStatus};
 use anyhow::bail;
 use clap::Subcommand;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
-
-/// UDP port of the interconnect unless told otherwise; heartbeats use the one above.
-pub(crate) const PORT: u16 = 7_443;
 
 #[derive(Subcommand)]
 pub(super) enum LinkCommand {
@@ -59,31 +56,8 @@ impl FromStr for LinkPair {
 
 fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse::<SocketAddr>()
-        .or_else(|_| text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, PORT)))
+        .or_else(|_| text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, LINK_PORT)))
         .map_err(|_| format!("`{text}` is not an IP address, with or without a port"))
-}
-
-/// Pin two daemons to each other.
-pub(crate) fn create_both(
-    here: &Client,
-    there: &Client,
-    links: &[LinkAddrs],
-) -> anyhow::Result<(HostInfo, HostInfo)> {
-    let a: HostInfo = block(here.get("/v1/host"))?;
-    let b: HostInfo = block(there.get("/v1/host"))?;
-    let to_b = LinkConfig {
-        partner: b.name.clone(),
-        fingerprint: b.fingerprint.clone(),
-        links: links.to_vec(),
-    };
-    let to_a = LinkConfig {
-        partner: a.name.clone(),
-        fingerprint: a.fingerprint.clone(),
-        links: links.iter().map(|l| l.mirrored()).collect(),
-    };
-    let _: Done = block(here.post("/v1/links", &to_b))?;
-    let _: Done = block(there.post("/v1/links", &to_a))?;
-    Ok((a, b))
 }
 
 pub(super) fn run(command: LinkCommand, client: &Client, json: bool) -> anyhow::Result<()> {
@@ -92,7 +66,7 @@ pub(super) fn run(command: LinkCommand, client: &Client, json: bool) -> anyhow::
             let links: Vec<LinkAddrs> = links.into_iter().map(|l| l.0).collect();
             match (partner_api, partner, fingerprint) {
                 (Some(socket), _, _) => {
-                    let (a, b) = create_both(client, &Client::new(&socket), &links)?;
+                    let (a, b) = block(pin_both(client, &Client::new(&socket), &links))?;
                     if json {
                         return print_json(&[a, b]);
                     }

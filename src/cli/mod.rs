@@ -3,12 +3,13 @@
 //! Every command that shows something takes `--json`; errors go to standard error with
 //! what failed, on what, and what to do; the exit status is 0 only if it was done.
 
+mod drill;
 mod lab;
 mod link;
 mod show;
 mod vm;
 
-use crate::api::client::Client;
+use crate::api::client::{Client, block};
 use crate::api::types::HostStatus;
 use clap::{CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
@@ -61,7 +62,7 @@ enum Command {
     Lab(lab::LabCommand),
     /// Rehearsed failures with measurements.
     #[command(subcommand)]
-    Drill(lab::DrillCommand),
+    Drill(drill::DrillCommand),
     /// Cut the power of a lab host under a mirrored VM, and show what happened.
     Demo,
     /// Print a completion script for a shell.
@@ -125,8 +126,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Vm(command) => vm::run(command, &client, json)?,
         Command::Link(command) => link::run(command, &client, json)?,
         Command::Lab(command) => return lab::run(command, json),
-        Command::Drill(command) => return lab::drill(command, json),
-        Command::Demo => return lab::demo(json),
+        Command::Drill(command) => return drill::run(command, json),
+        Command::Demo => return drill::demo(json),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "pollux", &mut std::io::stdout());
         }
@@ -138,15 +139,6 @@ fn log_to_stderr(default: &str) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-}
-
-/// Wait for one exchange with a daemon.
-pub(crate) fn block<T>(exchange: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime without worker threads needs only an epoll descriptor")
-        .block_on(exchange)
 }
 
 fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {

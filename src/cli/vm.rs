@@ -1,7 +1,7 @@
 //! `pollux vm …`
 
-use super::{block, print_json, show};
-use crate::api::client::Client;
+use super::{print_json, show};
+use crate::api::client::{Client, block};
 use crate::api::types::{CreateVm, Done, Protect, Role, VmStatus};
 use crate::pool::HostName;
 use anyhow::{Context, bail};

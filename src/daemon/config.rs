@@ -56,6 +56,9 @@ pub struct LinkConfig {
     pub links: Vec<LinkAddrs>,
 }
 
+/// UDP port of a link unless told otherwise; heartbeats use the one above.
+pub const LINK_PORT: u16 = 7_443;
+
 /// The two ends of one physical link. Heartbeats use the port above each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -32,6 +32,9 @@ pub enum ControlMsg {
         /// Why.
         reason: String,
     },
+    /// Standby to primary's host, whenever a session comes up: it is still here. A host
+    /// that does not run the VM (its daemon was restarted) answers `PrimaryGone`.
+    StandbyHere,
     /// Primary to standby: the registry's record names it; from here it may claim.
     MirrorConfirmed {
         /// The epoch from which on it is mirrored.

@@ -4,7 +4,7 @@ use super::claims::Claims;
 use super::clock::now_ns;
 use super::config::{HostConfig, LinkConfig};
 use super::control::ControlMsg;
-use super::partner::{OnPrepare, Partner, PartnerSetup};
+use super::partner::{OnUnrouted, Partner, PartnerSetup};
 use super::store::Store;
 use super::worker::{self, Begin, Env, Routes, Shared, VmCommand, WorkerConfig, WorkerEvent};
 use crate::api::types::{ApiError, Done, HostInfo, HostStatus, Role, VmStatus};
@@ -390,9 +390,9 @@ impl Host {
 
     fn connect(self: &Arc<Self>, link: LinkConfig) -> Result<(), String> {
         let weak = Arc::downgrade(self);
-        let on_prepare: OnPrepare = Arc::new(move |from, vm, generation, message| {
+        let on_unrouted: OnUnrouted = Arc::new(move |from, vm, generation, message| {
             if let Some(host) = weak.upgrade() {
-                host.prepare(from, vm, generation, message);
+                host.unrouted(from, vm, generation, message);
             }
         });
         let partner = Partner::start(PartnerSetup {
@@ -403,12 +403,26 @@ impl Host {
             detection: Duration::from_millis(self.env.config.detection_ms),
             runtime: self.runtime.clone(),
             routes: self.env.routes.clone(),
-            on_prepare,
+            on_unrouted,
         })?;
         let name = partner.config.partner.clone();
         lock(&self.env.peers).insert(name.clone(), partner.peer());
         lock(&self.partners).insert(name, Arc::new(partner));
         Ok(())
+    }
+
+    /// A partner speaks of a VM that has no worker here.
+    fn unrouted(self: &Arc<Self>, from: &HostName, vm: VmId, generation: Generation, message: ControlMsg) {
+        match message {
+            ControlMsg::Prepare { .. } => self.prepare(from, vm, generation, message),
+            ControlMsg::StandbyHere => {
+                if let Some(peer) = self.env.peer(from) {
+                    let reason = format!("VM {vm} does not run on {}", self.env.config.name);
+                    peer.say(vm, generation, &ControlMsg::PrimaryGone { reason });
+                }
+            }
+            other => tracing::info!(partner = %from, %vm, ?other, "a message for a VM that is not here"),
+        }
     }
 
     /// A partner asks for a standby.

@@ -13,11 +13,13 @@ use interconnect::frame::{Frame, FrameKind};
 use interconnect::heartbeat::{Heartbeat, HeartbeatConfig, HeartbeatLink};
 use interconnect::identity::Identity;
 use interconnect::link::{Interconnect, LinkAddr, LinkEvent, LinkSettings, PairConfig};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Called for a control message that has no worker yet: a request for a standby.
-pub type OnPrepare = Arc<dyn Fn(&HostName, VmId, Generation, ControlMsg) + Send + Sync>;
+/// Called for a control message that has no worker here: a request for a standby, or a
+/// standby that looks for its primary.
+pub type OnUnrouted = Arc<dyn Fn(&HostName, VmId, Generation, ControlMsg) + Send + Sync>;
 
 /// A partner and everything that runs for it.
 pub struct Partner {
@@ -27,6 +29,7 @@ pub struct Partner {
     pub interconnect: Interconnect,
     heartbeat: Arc<Heartbeat>,
     refused: Arc<Mutex<Option<String>>>,
+    alive: Arc<AtomicBool>,
 }
 
 /// What a partner is started with.
@@ -45,8 +48,8 @@ pub struct PartnerSetup {
     pub runtime: tokio::runtime::Handle,
     /// Inboxes of the workers.
     pub routes: Routes,
-    /// For requests for a standby.
-    pub on_prepare: OnPrepare,
+    /// For messages that have no worker.
+    pub on_unrouted: OnUnrouted,
 }
 
 impl Partner {
@@ -84,6 +87,8 @@ impl Partner {
         )
         .map_err(|e| e.to_string())?;
         let (routes, partner) = (setup.routes.clone(), name.clone());
+        let alive = Arc::new(AtomicBool::new(false));
+        let heard = Arc::clone(&alive);
         let heartbeat = Heartbeat::start(HeartbeatConfig {
             me: setup.me.to_string(),
             peer: name.to_string(),
@@ -96,7 +101,12 @@ impl Partner {
                 .collect(),
             period: setup.period,
             detection: setup.detection,
-            on_verdict: Box::new(move |verdict, age| on_verdict(&routes, &partner, verdict, age)),
+            on_verdict: Box::new(move |verdict, age| {
+                if !matches!(verdict, detector::Verdict::SelfStalled { .. }) {
+                    heard.store(verdict == detector::Verdict::Alive, Ordering::Relaxed);
+                }
+                on_verdict(&routes, &partner, verdict, age);
+            }),
         })
         .map_err(|e| e.to_string())?;
         let heartbeat = Arc::new(heartbeat);
@@ -106,19 +116,23 @@ impl Partner {
             routes: setup.routes,
             heartbeat: Arc::clone(&heartbeat),
             refused: Arc::clone(&refused),
-            on_prepare: setup.on_prepare,
+            on_unrouted: setup.on_unrouted,
         };
         std::thread::Builder::new()
             .name("partner".into())
             .spawn(move || pump.run(events))
             .map_err(|e| format!("no thread for the partner's events: {e}"))?;
-        Ok(Self { config: setup.config, interconnect, heartbeat, refused })
+        Ok(Self { config: setup.config, interconnect, heartbeat, refused, alive })
     }
 
     /// As a worker sees it.
     #[must_use]
     pub fn peer(&self) -> Peer {
-        Peer { interconnect: self.interconnect.clone(), name: self.config.partner.clone() }
+        Peer {
+            interconnect: self.interconnect.clone(),
+            name: self.config.partner.clone(),
+            alive: Arc::clone(&self.alive),
+        }
     }
 
     /// What is known of it.
@@ -161,7 +175,7 @@ struct Pump {
     routes: Routes,
     heartbeat: Arc<Heartbeat>,
     refused: Arc<Mutex<Option<String>>>,
-    on_prepare: OnPrepare,
+    on_unrouted: OnUnrouted,
 }
 
 impl Pump {
@@ -213,15 +227,15 @@ impl Pump {
             }
         };
         if matches!(message, ControlMsg::Prepare { .. }) {
-            return (self.on_prepare)(&self.partner, frame.vm, frame.generation, message);
+            return (self.on_unrouted)(&self.partner, frame.vm, frame.generation, message);
         }
         let event = WorkerEvent::Control {
             from: self.partner.clone(),
             generation: frame.generation,
-            message,
+            message: message.clone(),
         };
         if !self.routes.send(frame.vm, event) {
-            tracing::info!(partner = %self.partner, vm = %frame.vm, "a message for a VM that is not here");
+            (self.on_unrouted)(&self.partner, frame.vm, frame.generation, message);
         }
     }
 }

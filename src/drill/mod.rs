@@ -9,6 +9,7 @@ pub mod checks;
 pub mod client;
 mod clients;
 pub mod env;
+pub mod lab_env;
 pub mod log;
 pub mod report;
 pub mod run;

@@ -21,6 +21,7 @@
 //! the binary calls [`hidden_main`] before anything else.
 
 mod clock;
+pub mod daemons;
 mod dir;
 mod enter;
 mod error;
@@ -41,7 +42,7 @@ pub use handle::{Lab, take_down};
 pub use init::host_init_main;
 pub use launch::keeper_main;
 pub use spec::{
-    GATEWAY, HOSTS_MAX, HostConfigFn, HostNet, KeepPolicy, LabId, LabPlan, LabSpec, OUTSIDE,
+    GATEWAY, HOST_BRIDGE, HOSTS_MAX, HostConfigFn, HostNet, KeepPolicy, LabId, LabPlan, LabSpec, OUTSIDE,
     PRIVATE_LINKS_MAX, Place, PrivateLink, check_name, default_dir,
 };
 pub use wire::{DaemonState, HostPower, HostStatus, LabStatus, LinkStatus, Process};

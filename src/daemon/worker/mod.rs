@@ -43,6 +43,7 @@ use interconnect::frame::{Frame, FrameKind};
 use interconnect::link::Interconnect;
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -187,9 +188,18 @@ pub struct Peer {
     pub interconnect: Interconnect,
     /// Its name.
     pub name: HostName,
+    /// What its heartbeats say.
+    pub alive: Arc<AtomicBool>,
 }
 
 impl Peer {
+    /// Whether it is there to hold a standby: heard now, and a session stands. A session
+    /// alone may be that of a host that has just died.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        self.alive.load(Ordering::Relaxed) && self.interconnect.session().is_some()
+    }
+
     /// Say something about `vm`; a message that cannot be sent is lost like one on the
     /// wire, and logged.
     pub fn say(&self, vm: VmId, generation: Generation, message: &ControlMsg) {

@@ -7,7 +7,7 @@ use super::parts::{self, Parts};
 use super::publish::Shared;
 use super::sender::{EpochJob, SentEpoch};
 use super::{Env, VmCommand, WorkerConfig, WorkerEvent};
-use crate::api::types::Role;
+use crate::api::types::{Failover, Role};
 use crate::daemon::clock::{now, now_ns};
 use crate::daemon::control::ControlMsg;
 use crate::interpose::checkpoint::{Checkpointer, ClockStatus};
@@ -15,7 +15,7 @@ use crate::interpose::net::NetMode;
 use crate::mirror::primary::{PrimaryEnd, PrimaryState};
 use crate::mirror::{
     Alert, MAX_IN_FLIGHT, Micros, Policy, Primary, PrimaryAction, PrimaryConfig, PrimaryInput,
-    Ticket, VmRecord,
+    Ticket, Verdict, VmRecord,
 };
 use crate::pool::{Epoch, Generation, HostName};
 use crate::registry::Versioned;
@@ -57,6 +57,8 @@ pub struct PrimarySide {
     measured_at: Micros,
     resident_bytes: Option<u64>,
     resumed_ns: u64,
+    /// How this side went solo, step by step.
+    solo: Failover,
     over: bool,
     /// Last: QEMU goes when all who use it are gone.
     pub(super) parts: Parts,
@@ -130,6 +132,7 @@ impl PrimarySide {
             measured_at: Micros::ZERO,
             resident_bytes: None,
             resumed_ns: now_ns(),
+            solo: Failover::default(),
             over: false,
             parts,
         })
@@ -185,7 +188,7 @@ impl PrimarySide {
         if self.over || self.machine.status(now()).state != PrimaryState::Solo || now() < self.retry_at {
             return;
         }
-        if self.env.peer(&partner).is_some_and(|p| p.interconnect.session().is_some()) {
+        if self.env.peer(&partner).is_some_and(|p| p.is_there()) {
             self.retry_at = now() + self.retry_wait;
             if let Err(reason) = self.admit() {
                 self.shared.event(format!("not mirrored: {reason}"));
@@ -194,7 +197,7 @@ impl PrimarySide {
                 return;
             }
             self.input(PrimaryInput::LinkUp);
-            self.input(PrimaryInput::PeerVerdict(crate::mirror::Verdict::Alive));
+            self.input(PrimaryInput::PeerVerdict(Verdict::Alive));
             self.input(PrimaryInput::Protect { partner });
         }
     }
@@ -232,9 +235,13 @@ impl PrimarySide {
                 }
             }
             WorkerEvent::LinkDown(partner, reason) if self.concerns(&partner) => {
+                self.suspected(now_ns());
                 self.input(PrimaryInput::LinkDown { reason });
             }
-            WorkerEvent::Verdict { partner, verdict, .. } if self.concerns(&partner) => {
+            WorkerEvent::Verdict { partner, verdict, last_heard_ns } if self.concerns(&partner) => {
+                if verdict == Verdict::Lost {
+                    self.suspected(last_heard_ns);
+                }
                 self.input(PrimaryInput::PeerVerdict(verdict));
             }
             WorkerEvent::Stalled(for_) => {
@@ -247,7 +254,9 @@ impl PrimarySide {
             WorkerEvent::Acked { generation, epoch } => self.acked(generation, epoch),
             WorkerEvent::OutputWaiting => self.input(PrimaryInput::OutputWaiting),
             WorkerEvent::Pressure(kind) => self.input(PrimaryInput::Pressure(kind)),
-            WorkerEvent::Claim { ticket, outcome, .. } => {
+            WorkerEvent::Claim { ticket, outcome, asked_ns } => {
+                self.solo.claim_started_ns = asked_ns;
+                self.solo.claim_won_ns = now_ns();
                 self.input(PrimaryInput::ClaimResult { ticket, outcome });
             }
             WorkerEvent::Sent(sent) => self.sent(sent),
@@ -329,8 +338,14 @@ impl PrimarySide {
             ControlMsg::Ready => self.input(PrimaryInput::StandbyReady),
             ControlMsg::Refused { reason } => self.input(PrimaryInput::StandbyRefused { reason }),
             ControlMsg::StandbyGone { reason } => self.input(PrimaryInput::StandbyGone { reason }),
+            ControlMsg::StandbyHere => {}
             other => tracing::warn!(%from, ?other, "not a message for a primary; dropped"),
         }
+    }
+
+    /// The partner may be gone; the last of these before a won claim counts.
+    fn suspected(&mut self, last_heard_ns: u64) {
+        self.solo = Failover { kind: "solo".into(), last_heard_ns, suspected_ns: now_ns(), ..Failover::default() };
     }
 
     fn acked(&mut self, generation: Generation, epoch: Epoch) {
@@ -561,6 +576,12 @@ impl PrimarySide {
         if let Some(attempt) = self.attempt.take() {
             attempt.give_up();
             self.shared.event(format!("runs unmirrored, generation {generation}"));
+            if self.solo.suspected_ns != 0 {
+                let mut solo = std::mem::take(&mut self.solo);
+                solo.running_ns = now_ns();
+                solo.from_generation = attempt.generation.0;
+                self.shared.failover(solo);
+            }
         }
         self.shared.update(|s| s.seeding = None);
     }

@@ -12,7 +12,7 @@ use crate::api::types::{Failover, Role};
 use crate::daemon::clock::{now, now_ns};
 use crate::daemon::control::ControlMsg;
 use crate::interpose::checkpoint::{HookError, Incoming, patch_state_clock, ticks_per_second};
-use crate::interpose::disk::Mode;
+use crate::interpose::disk::{Disk, Mode};
 use crate::interpose::memory::RamImage;
 use crate::interpose::net::NetMode;
 use crate::mirror::standby::StandbyEnd;
@@ -81,6 +81,22 @@ struct LastApplied {
 
 fn say<E: std::fmt::Display>(e: E) -> String {
     e.to_string()
+}
+
+/// What was applied as a standby may still be in the page cache; a solo VM's flushes
+/// cover it, but a guest that never flushes should not depend on the kernel's mood.
+fn sync_behind(disks: &[Arc<Disk>]) {
+    let disks = disks.to_vec();
+    let sync = move || {
+        for disk in disks {
+            if let Err(e) = disk.sync() {
+                tracing::error!("a promoted disk cannot be synced: {e}");
+            }
+        }
+    };
+    if let Err(e) = std::thread::Builder::new().name("disk-sync".into()).spawn(sync) {
+        tracing::warn!("no thread to sync the promoted disks: {e}");
+    }
 }
 
 /// Be the standby until dismissed, broken or promoted; the promoted side goes on as primary.
@@ -224,6 +240,7 @@ impl<'a> StandbySide<'a> {
                 )));
             }
             WorkerEvent::LinkUp(partner) if partner == self.primary => {
+                self.peer.say(self.config.spec.uuid, self.generation, &ControlMsg::StandbyHere);
                 self.input(StandbyInput::LinkUp);
             }
             WorkerEvent::LinkDown(partner, reason) if partner == self.primary => {
@@ -446,6 +463,7 @@ impl<'a> StandbySide<'a> {
         for port in &self.parts.ports {
             port.announce();
         }
+        sync_behind(&self.parts.disks);
         self.failover.replayed = self.replay(last.ingress);
         self.shared.event(format!("promoted from epoch {epoch}: {timings:?}"));
         self.shared.failover(self.failover.clone());

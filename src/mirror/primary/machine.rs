@@ -209,6 +209,10 @@ impl Primary {
             PrimaryInput::LinkDown { reason } => {
                 self.link_down_since.get_or_insert(self.now);
                 self.last_reason = Some(format!("link down: {reason}"));
+                // What was asked of the partner, or half copied to it, is gone with the session.
+                if matches!(self.state, S::Preparing | S::Seeding) {
+                    self.mirror_broken(format!("the link went down: {reason}"));
+                }
             }
             PrimaryInput::PeerVerdict(verdict) => self.peer = verdict,
             PrimaryInput::StandbyReady if self.state == S::Preparing => {

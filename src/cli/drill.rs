@@ -1,0 +1,157 @@
+//! `pollux drill …` and `pollux demo`
+
+use crate::drill::lab_env::{Guest, LabEnv};
+use crate::drill::{DrillKind, DrillSpec, Load, Service, run as rehearse, table};
+use clap::{Args, Subcommand, ValueEnum};
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+#[derive(Subcommand)]
+pub(super) enum DrillCommand {
+    /// Rehearse a failure on a real VM in a lab of its own, with clients outside.
+    ///
+    /// The VM works its disk and memory while clients count upwards over one TCP
+    /// connection each; the failure comes at a random moment; the report says what the
+    /// clients saw and whether anything was lost. Exit status 0 only if nothing was.
+    Run(Run),
+}
+
+#[derive(Args)]
+pub(super) struct Run {
+    /// Which failure.
+    kind: Kind,
+    /// How many in a row, each followed by re-protection.
+    #[arg(long, default_value_t = 1)]
+    repeat: u32,
+    /// Clients, one connection each.
+    #[arg(long, default_value_t = 2)]
+    clients: u16,
+    /// Writes per second of the guest's disk worker.
+    #[arg(long, default_value_t = 200)]
+    disk_iops: u32,
+    /// Pages per second that the guest's memory worker dirties.
+    #[arg(long, default_value_t = 2000)]
+    mem_pages: u32,
+    /// Full-size packets through the guest meanwhile.
+    #[arg(long)]
+    net: bool,
+    /// Clients use redis (INCR) in the guest instead of the built-in counter.
+    #[arg(long)]
+    redis: bool,
+    /// Repeats the random moments of an earlier drill; default: the time of day.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Do not compare memory and disk with the checkpoint at each promotion (the
+    /// comparison is part of the blackout).
+    #[arg(long)]
+    no_audit: bool,
+    /// Guest memory, MiB.
+    #[arg(long, default_value_t = 512)]
+    memory: u64,
+    /// vCPUs.
+    #[arg(long, default_value_t = 1)]
+    vcpus: u8,
+    /// Machine type as in a spec.
+    #[arg(long, default_value = "auto")]
+    machine: String,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Kind {
+    /// The host that runs the VM loses power.
+    KillHost,
+    /// The VM's QEMU process is killed.
+    KillQemu,
+    /// The private link of the pair is cut.
+    CutLink,
+    /// The host that runs the VM stands still, and later goes on.
+    FreezeHost,
+    /// A planned swap of the roles.
+    Switchover,
+}
+
+impl From<Kind> for DrillKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::KillHost => Self::KillHost,
+            Kind::KillQemu => Self::KillQemu,
+            Kind::CutLink => Self::CutLink,
+            Kind::FreezeHost => Self::FreezeHost,
+            Kind::Switchover => Self::Switchover,
+        }
+    }
+}
+
+fn time_of_day() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+fn lab_name(what: &str) -> String {
+    format!("{what}-{}", std::process::id())
+}
+
+fn exit(status: i32) -> ExitCode {
+    u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from)
+}
+
+pub(super) fn run(command: DrillCommand, json: bool) -> anyhow::Result<ExitCode> {
+    let DrillCommand::Run(run) = command;
+    let guest = Guest {
+        memory_mib: run.memory,
+        vcpus: run.vcpus,
+        machine: run.machine,
+        ..Guest::new(&Guest::find_images()?)
+    };
+    let spec = DrillSpec {
+        kind: run.kind.into(),
+        repeat: run.repeat,
+        load: Load {
+            clients: run.clients,
+            disk_iops: run.disk_iops,
+            mem_pages_s: run.mem_pages,
+            net: run.net,
+        },
+        service: if run.redis { Service::Redis } else { Service::Counter },
+        seed: run.seed.unwrap_or_else(time_of_day),
+        audit: !run.no_audit,
+        json,
+    };
+    let report = rehearse(&spec, &mut LabEnv::new(lab_name("drill"), guest))?;
+    if json {
+        println!("{}", report.to_json()?);
+    } else {
+        print!("{}", table::table(&report));
+    }
+    Ok(exit(report.exit_status()))
+}
+
+const INTRODUCTION: &str = "\
+pollux demo: two hosts, a and b, made of namespaces on this machine. A real VM (QEMU,
+Debian's kernel) runs on a, mirrored to b: every few milliseconds its memory, devices and
+disk writes are copied, and nothing it says gets out before b holds what it was saying.
+Clients outside count upwards with it over TCP, each number written to its disk first.
+Then a's power is cut.
+";
+
+pub(super) fn demo(json: bool) -> anyhow::Result<ExitCode> {
+    if !json {
+        eprintln!("{INTRODUCTION}");
+    }
+    let spec = DrillSpec {
+        kind: DrillKind::KillHost,
+        repeat: 1,
+        load: Load { clients: 2, disk_iops: 200, mem_pages_s: 2000, net: false },
+        service: Service::Counter,
+        seed: time_of_day(),
+        audit: true,
+        json,
+    };
+    let guest = Guest::new(&Guest::find_images()?);
+    let report = rehearse(&spec, &mut LabEnv::new(lab_name("demo"), guest))?;
+    if json {
+        println!("{}", report.to_json()?);
+    } else {
+        print!("{}", table::table(&report));
+    }
+    Ok(exit(report.exit_status()))
+}
