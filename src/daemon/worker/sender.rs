@@ -4,6 +4,7 @@
 //! tables, because it is the one place that sees every page and write that is sent.
 
 use super::WorkerEvent;
+use crate::daemon::clock::now;
 use crate::interpose::audit::AuditTable;
 use crate::interpose::disk::{Disk, DiskWrite, WriteData};
 use crate::interpose::memory::{PAGE_SIZE, Page, Staging};
@@ -194,6 +195,9 @@ fn send(config: &mut SenderConfig, writer: &mut EpochWriter, job: &mut EpochJob)
         }
         job.meta.audit = audit.sums();
     }
+    // The lease counts from here: the standby cannot acknowledge before it has the end.
+    let closing = WorkerEvent::Closing { generation: config.generation, epoch, at: now() };
+    config.inbox.send(closing).map_err(|_| "the worker has ended".to_owned())?;
     writer.finish(&job.meta, &mut put).map_err(words)?;
     tracing::debug!(%epoch, bytes, queued = lane.queued_bytes(), "epoch in the lane");
     Ok(bytes)
