@@ -34,7 +34,7 @@ pub use publish::Shared;
 use super::claims::Claims;
 use super::config::HostConfig;
 use super::control::ControlMsg;
-use crate::mirror::{ClaimOutcome, Ticket, Timing, Verdict, Versioned, VmRecord};
+use crate::mirror::{ClaimOutcome, Micros, Ticket, Timing, Verdict, Versioned, VmRecord};
 use crate::pool::spec::VmSpec;
 use crate::pool::{Epoch, Generation, HostName, VmId};
 use crate::vm::argv::Accel;
@@ -115,6 +115,15 @@ pub enum WorkerEvent {
         outcome: ClaimOutcome,
         /// When it was asked for, CLOCK_MONOTONIC nanoseconds.
         asked_ns: u64,
+    },
+    /// The sender is about to hand the epoch's closing frame to the lane.
+    Closing {
+        /// The attempt.
+        generation: Generation,
+        /// The epoch.
+        epoch: Epoch,
+        /// Just before.
+        at: Micros,
     },
     /// The sender is done with an epoch.
     Sent(sender::SentEpoch),

@@ -335,6 +335,19 @@ impl PrimarySide {
                 self.solo.claim_won_ns = now_ns();
                 self.input(PrimaryInput::ClaimResult { ticket, outcome });
             }
+            WorkerEvent::Closing {
+                generation,
+                epoch,
+                at,
+            } => {
+                if self
+                    .attempt
+                    .as_ref()
+                    .is_some_and(|a| a.generation == generation)
+                {
+                    self.input(PrimaryInput::Sent { epoch, at });
+                }
+            }
             WorkerEvent::Sent(sent) => self.sent(sent),
             WorkerEvent::Seeded(seeded) => {
                 if let Some(input) = self.seeded(*seeded) {
