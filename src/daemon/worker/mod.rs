@@ -17,7 +17,6 @@
 //! It must never decide: what to do next is the machine's word.
 
 mod attempt;
-mod verify;
 mod busy;
 mod cutting;
 mod ingress;
@@ -28,13 +27,14 @@ mod receiver;
 mod seeder;
 mod sender;
 mod standby;
+mod verify;
 
 pub use publish::Shared;
 
 use super::claims::Claims;
 use super::config::HostConfig;
 use super::control::ControlMsg;
-use crate::mirror::{ClaimOutcome, Ticket, Timing, Verdict, Versioned, VmRecord};
+use crate::mirror::{ClaimOutcome, Micros, Ticket, Timing, Verdict, Versioned, VmRecord};
 use crate::pool::spec::VmSpec;
 use crate::pool::{Epoch, Generation, HostName, VmId};
 use crate::vm::argv::Accel;
@@ -43,6 +43,7 @@ use interconnect::frame::{Frame, FrameKind};
 use interconnect::link::Interconnect;
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -115,6 +116,15 @@ pub enum WorkerEvent {
         /// When it was asked for, CLOCK_MONOTONIC nanoseconds.
         asked_ns: u64,
     },
+    /// The sender is about to hand the epoch's closing frame to the lane.
+    Closing {
+        /// The attempt.
+        generation: Generation,
+        /// The epoch.
+        epoch: Epoch,
+        /// Just before.
+        at: Micros,
+    },
     /// The sender is done with an epoch.
     Sent(sender::SentEpoch),
     /// The seeder has ended.
@@ -130,6 +140,8 @@ pub enum WorkerEvent {
     },
     /// The stream of RAM blocks outside the RAM file.
     Blocks(bytes::Bytes),
+    /// The daemon is told to end.
+    DaemonEnds,
     /// QEMU ended, and not by this daemon. A guest that powers itself off does not end
     /// QEMU, so this is never the guest's wish, whatever the exit status.
     QemuExit {
@@ -163,6 +175,12 @@ impl Routes {
         }
     }
 
+    /// Whether no worker is left.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
     /// Register the inbox of a new worker.
     fn add(&self, vm: VmId) -> Receiver<WorkerEvent> {
         let (tx, rx) = channel();
@@ -186,9 +204,18 @@ pub struct Peer {
     pub interconnect: Interconnect,
     /// Its name.
     pub name: HostName,
+    /// What its heartbeats say.
+    pub alive: Arc<AtomicBool>,
 }
 
 impl Peer {
+    /// Whether it is there to hold a standby: heard now, and a session stands. A session
+    /// alone may be that of a host that has just died.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        self.alive.load(Ordering::Relaxed) && self.interconnect.session().is_some()
+    }
+
     /// Say something about `vm`; a message that cannot be sent is lost like one on the
     /// wire, and logged.
     pub fn say(&self, vm: VmId, generation: Generation, message: &ControlMsg) {
@@ -227,7 +254,11 @@ impl Env {
     /// The partner called `name`, if a link to it is pinned.
     #[must_use]
     pub fn peer(&self, name: &HostName) -> Option<Peer> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+        self.peers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .cloned()
     }
 }
 
@@ -297,17 +328,22 @@ fn run(
     started: impl FnOnce(Result<(), String>),
 ) {
     let promoted = match begin {
-        Begin::Primary { record } => match primary::PrimarySide::boot(env, config, record, shared) {
-            Ok(side) => {
-                started(Ok(()));
-                side
+        Begin::Primary { record } => {
+            match primary::PrimarySide::boot(env, config, record, shared) {
+                Ok(side) => {
+                    started(Ok(()));
+                    side
+                }
+                Err(reason) => {
+                    shared.event(format!("not started: {reason}"));
+                    return started(Err(reason));
+                }
             }
-            Err(reason) => {
-                shared.event(format!("not started: {reason}"));
-                return started(Err(reason));
-            }
-        },
-        Begin::Standby { primary, generation } => {
+        }
+        Begin::Standby {
+            primary,
+            generation,
+        } => {
             started(Ok(()));
             match standby::run(env, config, primary, generation, inbox, shared) {
                 Some(side) => *side,

@@ -209,6 +209,10 @@ impl Primary {
             PrimaryInput::LinkDown { reason } => {
                 self.link_down_since.get_or_insert(self.now);
                 self.last_reason = Some(format!("link down: {reason}"));
+                // What was asked of the partner, or half copied to it, is gone with the session.
+                if matches!(self.state, S::Preparing | S::Seeding) {
+                    self.mirror_broken(format!("the link went down: {reason}"));
+                }
             }
             PrimaryInput::PeerVerdict(verdict) => self.peer = verdict,
             PrimaryInput::StandbyReady if self.state == S::Preparing => {
@@ -238,13 +242,13 @@ impl Primary {
                 ..
             } => self.cut_done(epoch, pause, pages),
             PrimaryInput::CutFailed { epoch, reason } => self.cut_failed(epoch, &reason),
-            PrimaryInput::Sent { epoch } => {
+            PrimaryInput::Sent { epoch, at } => {
                 for flight in self
                     .in_flight
                     .iter_mut()
                     .filter(|flight| flight.epoch == epoch)
                 {
-                    flight.sent_at = self.now;
+                    flight.sent_at = at.min(self.now);
                 }
             }
             PrimaryInput::SendFailed { epoch, reason } => {
