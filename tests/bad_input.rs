@@ -543,7 +543,7 @@ fn a_guest_may_reboot_and_power_itself_off_while_mirrored() {
 
     // The registry knows that it runs nowhere, and whose disk is the newest.
     let refused = refusal(a.command(&vm.name, "start"));
-    says(&refused, &["host b ran VM", "its disks there are the newest", "start it there"]);
+    says(&refused, &["it ran on host b last", "disks are the newest", "start it there"]);
     b.command(&vm.name, "start").unwrap();
     let mut client = vm.client();
     client.check(4);

@@ -8,7 +8,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::missing_panics_doc)]
 
 use pollux::api::client::{Client, ClientError};
-use pollux::api::types::{CreateVm, Done, HostStatus, Protect, Role, VmStatus};
+use pollux::api::types::{CreateVm, Done, HostStatus, Protect, Role, Start, VmStatus};
 use pollux::lab::daemons::{daemon_spec, up_linked};
 use pollux::lab::{KeepPolicy, Lab, LabSpec, Place, in_network};
 use pollux::pool::HostName;
@@ -161,7 +161,11 @@ impl Api {
 
     /// `start`, `stop`, `unprotect` or `switchover`.
     pub fn command(&self, vm: &str, command: &str) -> Result<Done, ClientError> {
-        self.post(&format!("/v1/vms/{vm}/{command}"), &())
+        let path = format!("/v1/vms/{vm}/{command}");
+        match command {
+            "start" => self.post(&path, &Start { force: false }),
+            _ => self.post(&path, &()),
+        }
     }
 
     pub fn protect(&self, vm: &str) -> Result<Done, ClientError> {
