@@ -57,8 +57,17 @@ fn an_unknown_key_names_the_nearest_one() {
     std::fs::write(&spec, guest.toml().replace("memory =", "memroy =")).unwrap();
     let out = bed.cli("a", &["vm", "create", spec.to_str().unwrap()]);
     assert!(!out.status.success());
-    says(&stderr(&out), &["orders.toml:3:1: unknown key `memroy`", "did you mean `memory`?"]);
-    assert!(bed.api("a").vm(&guest.name).is_err(), "nothing was taken in");
+    says(
+        &stderr(&out),
+        &[
+            "orders.toml:3:1: unknown key `memroy`",
+            "did you mean `memory`?",
+        ],
+    );
+    assert!(
+        bed.api("a").vm(&guest.name).is_err(),
+        "nothing was taken in"
+    );
 }
 
 #[test]
@@ -72,7 +81,10 @@ fn a_device_that_cannot_be_mirrored_is_refused_before_any_checkpoint() {
         ("virtio-balloon-pci", "takes pages out of guest memory"),
     ] {
         guest.more = format!("machine = \"q35\"\ndevices = [\"{device}\"]");
-        says(&refusal(api.create(&guest.toml())), &["vm.toml:", device, why]);
+        says(
+            &refusal(api.create(&guest.toml())),
+            &["vm.toml:", device, why],
+        );
     }
 
     // Unprotected it may have one; then the running VM cannot be mirrored.
@@ -83,10 +95,17 @@ fn a_device_that_cannot_be_mirrored_is_refused_before_any_checkpoint() {
     let before = api.wait(&vm.name, "running", |s| s.qemu_pid.is_some());
     says(
         &refusal(api.protect(&vm.name)),
-        &[&vm.name, "device `nvme` cannot be mirrored", "use a [[disk]]"],
+        &[
+            &vm.name,
+            "device `nvme` cannot be mirrored",
+            "use a [[disk]]",
+        ],
     );
     let after = api.vm(&vm.name).unwrap();
-    assert_eq!((after.qemu_pid, after.state.as_str()), (before.qemu_pid, "solo"));
+    assert_eq!(
+        (after.qemu_pid, after.state.as_str()),
+        (before.qemu_pid, "solo")
+    );
     assert!(!told(&after, "QEMU ended"), "{after:#?}");
 }
 
@@ -96,10 +115,21 @@ fn a_disk_that_is_missing_or_too_small_is_told() {
     let api = bed.api("a");
     let vm = bed.vm(&Guest::new());
     let image = vm.image.display().to_string();
-    std::fs::File::options().write(true).open(&vm.image).unwrap().set_len(4096).unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(&vm.image)
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
     says(
         &refusal(api.command(&vm.name, "start")),
-        &["disk `data`", &image, "has 4096 bytes", "states 67108864", "truncate -s 67108864"],
+        &[
+            "disk `data`",
+            &image,
+            "has 4096 bytes",
+            "states 67108864",
+            "truncate -s 67108864",
+        ],
     );
     std::fs::remove_file(&vm.image).unwrap();
     says(
@@ -107,7 +137,10 @@ fn a_disk_that_is_missing_or_too_small_is_told() {
         &["disk `data`", &image, "does not exist", "create it"],
     );
     // Mended, it starts: a failed start leaves nothing behind.
-    std::fs::File::create(&vm.image).unwrap().set_len(64 << 20).unwrap();
+    std::fs::File::create(&vm.image)
+        .unwrap()
+        .set_len(64 << 20)
+        .unwrap();
     api.command(&vm.name, "start").unwrap();
 }
 
@@ -127,12 +160,20 @@ fn garbage_on_the_api_socket_harms_nobody() {
         let _ = stream.read_to_end(&mut answer);
         String::from_utf8_lossy(&answer).into_owned()
     };
-    let noise: Vec<u8> = (0..100_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let noise: Vec<u8> = (0..100_000_u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
     let answer = ask(&noise);
-    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 400"), "{answer}");
+    assert!(
+        answer.is_empty() || answer.starts_with("HTTP/1.1 400"),
+        "{answer}"
+    );
     let endless = [b"GET /v1/host?".as_slice(), &[b'x'; 1 << 20]].concat();
     let answer = ask(&endless);
-    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+    assert!(
+        answer.is_empty() || answer.starts_with("HTTP/1.1 4"),
+        "{answer}"
+    );
     let post = |path: &str, body: &[u8]| {
         let head = format!(
             "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
@@ -141,16 +182,31 @@ fn garbage_on_the_api_socket_harms_nobody() {
         ask(&[head.as_bytes(), body].concat())
     };
     let answer = post("/v1/vms", b"{\"spec\": 7}");
-    says(&answer, &["HTTP/1.1 400", "the request's body is not understood", "expected a string"]);
+    says(
+        &answer,
+        &[
+            "HTTP/1.1 400",
+            "the request's body is not understood",
+            "expected a string",
+        ],
+    );
     let answer = post("/v1/vms", &vec![b' '; BODY_BYTES_MAX + 1]);
     says(&answer, &["HTTP/1.1 4", "larger than 8 MiB"]);
     let answer = post("/v1/vms/x/explode", b"null");
-    says(&answer, &["HTTP/1.1 404", "a VM has no command `explode`", "switchover"]);
+    says(
+        &answer,
+        &[
+            "HTTP/1.1 404",
+            "a VM has no command `explode`",
+            "switchover",
+        ],
+    );
     let answer = ask(b"GET /v2/host HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
     says(&answer, &["HTTP/1.1 404", "the API has no GET /v2/host"]);
     // A client that says it will send much and never does.
     let mut slow = UnixStream::connect(&socket).unwrap();
-    slow.write_all(b"POST /v1/vms HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n{").unwrap();
+    slow.write_all(b"POST /v1/vms HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n{")
+        .unwrap();
     let info: HostInfo = bed.api("a").get("/v1/host").unwrap();
     assert_eq!(info.name, host("a"));
 }
@@ -178,7 +234,10 @@ impl Alone {
 
     fn command(&self) -> Command {
         let mut command = Command::new(POLLUX);
-        command.args(["daemon", "--config"]).arg(&self.config).stdin(Stdio::null());
+        command
+            .args(["daemon", "--config"])
+            .arg(&self.config)
+            .stdin(Stdio::null());
         command
     }
 
@@ -212,22 +271,53 @@ impl Drop for Ended {
 #[test]
 fn a_qemu_that_is_missing_or_too_old_is_told() {
     let alone = Alone::new("qemu = \"/no/such/qemu\"");
-    says(&alone.fails(), &["/no/such/qemu is not installed", "apt-get install qemu-system-x86"]);
+    says(
+        &alone.fails(),
+        &[
+            "/no/such/qemu is not installed",
+            "apt-get install qemu-system-x86",
+        ],
+    );
     let alone = Alone::new("");
     let old = alone.script("qemu-6", "echo 'QEMU emulator version 6.2.0 (Debian)'");
     let text = std::fs::read_to_string(&alone.config).unwrap();
-    std::fs::write(&alone.config, format!("{text}qemu = \"{}\"\n", old.display())).unwrap();
-    says(&alone.fails(), &["qemu-6 is QEMU 6.2.0", "7.2.0 or later", "upgrade"]);
+    std::fs::write(
+        &alone.config,
+        format!("{text}qemu = \"{}\"\n", old.display()),
+    )
+    .unwrap();
+    says(
+        &alone.fails(),
+        &["qemu-6 is QEMU 6.2.0", "7.2.0 or later", "upgrade"],
+    );
 }
 
 #[test]
 fn a_host_configuration_that_is_wrong_is_told() {
     let alone = Alone::new("detection_ns = 100");
-    says(&alone.fails(), &["host.toml: line 7: unknown field `detection_ns`", "did you mean `detection_ms`?"]);
+    says(
+        &alone.fails(),
+        &[
+            "host.toml: line 7: unknown field `detection_ns`",
+            "did you mean `detection_ms`?",
+        ],
+    );
     let alone = Alone::new("detection_ms = 15");
-    says(&alone.fails(), &["host.toml: detection_ms = 15", "at least three heartbeats"]);
-    let out = Command::new(POLLUX).args(["daemon", "--config", "/no/such.toml"]).output().unwrap();
-    says(&stderr(&out), &["cannot read the host configuration /no/such.toml", "--config"]);
+    says(
+        &alone.fails(),
+        &["host.toml: detection_ms = 15", "at least three heartbeats"],
+    );
+    let out = Command::new(POLLUX)
+        .args(["daemon", "--config", "/no/such.toml"])
+        .output()
+        .unwrap();
+    says(
+        &stderr(&out),
+        &[
+            "cannot read the host configuration /no/such.toml",
+            "--config",
+        ],
+    );
 }
 
 #[test]
@@ -237,10 +327,17 @@ fn a_daemon_that_is_not_root_says_so() {
     let copy = alone.dir.path().join("pollux");
     std::fs::copy(POLLUX, &copy).unwrap();
     let mut command = Command::new(&copy);
-    command.args(["daemon", "--config"]).arg(&alone.config).uid(65_534).gid(65_534);
+    command
+        .args(["daemon", "--config"])
+        .arg(&alone.config)
+        .uid(65_534)
+        .gid(65_534);
     let out = command.output().unwrap();
     assert!(!out.status.success());
-    says(&stderr(&out), &["pollux runs as user 65534", "it must run as root", "sudo"]);
+    says(
+        &stderr(&out),
+        &["pollux runs as user 65534", "it must run as root", "sudo"],
+    );
 }
 
 /// Answers one ioctl request like a kernel that does not know it, for this process and its
@@ -263,14 +360,26 @@ fn without_ioctl(request: u32) -> std::io::Result<()> {
         statement(equal, 0, 3, u32::try_from(libc::SYS_ioctl).unwrap_or(0)),
         statement(load, 0, 0, 24),
         statement(equal, 0, 1, request),
-        statement(answer, 0, 0, libc::SECCOMP_RET_ERRNO | libc::ENOTTY.unsigned_abs()),
+        statement(
+            answer,
+            0,
+            0,
+            libc::SECCOMP_RET_ERRNO | libc::ENOTTY.unsigned_abs(),
+        ),
         statement(answer, 0, 0, libc::SECCOMP_RET_ALLOW),
     ];
-    let program = libc::sock_fprog { len: 6, filter: filter.as_mut_ptr() };
+    let program = libc::sock_fprog {
+        len: 6,
+        filter: filter.as_mut_ptr(),
+    };
     // SAFETY: integers, and a pointer to a filter of the stated length that outlives the call.
     unsafe {
         if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-            || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) != 0
+            || libc::prctl(
+                libc::PR_SET_SECCOMP,
+                libc::SECCOMP_MODE_FILTER,
+                &raw const program,
+            ) != 0
         {
             return Err(std::io::Error::last_os_error());
         }
@@ -289,7 +398,14 @@ fn a_kernel_without_pagemap_scan_can_run_vms_but_not_mirror_them() {
     let _daemon = Ended(command.stderr(Stdio::null()).spawn().unwrap());
     let socket = alone.dir.path().join("api.sock");
     wait_daemon(&socket).unwrap();
-    let said = |args: &[&str]| Command::new(POLLUX).arg("--api").arg(&socket).args(args).output().unwrap();
+    let said = |args: &[&str]| {
+        Command::new(POLLUX)
+            .arg("--api")
+            .arg(&socket)
+            .args(args)
+            .output()
+            .unwrap()
+    };
     let shown = String::from_utf8(said(&["host", "show"]).stdout).unwrap();
     let why = ["no PAGEMAP_SCAN", "boot Linux 6.7 or later"];
     says(&shown, &["can mirror   no: "]);
@@ -297,7 +413,11 @@ fn a_kernel_without_pagemap_scan_can_run_vms_but_not_mirror_them() {
     let spec = alone.dir.path().join("vm.toml");
     let guest = Guest::new();
     std::fs::write(&spec, guest.toml()).unwrap();
-    assert!(said(&["vm", "create", spec.to_str().unwrap()]).status.success());
+    assert!(
+        said(&["vm", "create", spec.to_str().unwrap()])
+            .status
+            .success()
+    );
     let out = said(&["vm", "protect", &guest.name]);
     assert!(!out.status.success());
     says(&stderr(&out), &["host alone cannot mirror"]);
@@ -311,21 +431,47 @@ fn too_little_memory_is_told_by_either_side() {
     let mut guest = Guest::new();
     guest.memory = "512 GiB".into();
     let big = bed.vm(&guest);
-    says(&refusal(a.command(&big.name, "start")), &["the VM needs 512 GiB", "are missing", "less memory"]);
+    says(
+        &refusal(a.command(&big.name, "start")),
+        &["the VM needs 512 GiB", "are missing", "less memory"],
+    );
     drop(big);
+    let mut guest = Guest::new();
 
     // The standby's host has room for other VMs only.
-    let run_dir = bed.lab.host(&host("b")).unwrap().run_dir.display().to_string();
-    let resize = |size: &str| bed.on("b", &["mount", "-o", &format!("remount,size={size}"), &run_dir]);
-    let vm = bed.vm(&Guest::new());
+    let run_dir = bed
+        .lab
+        .host(&host("b"))
+        .unwrap()
+        .run_dir
+        .display()
+        .to_string();
+    let resize = |size: &str| {
+        bed.on(
+            "b",
+            &["mount", "-o", &format!("remount,size={size}"), &run_dir],
+        )
+    };
+    guest.memory = "256 MiB".into();
+    let vm = bed.vm(&guest);
     let mut client = vm.start();
-    resize("32m");
+    resize("160m");
     a.protect(&vm.name).unwrap();
     let refused = a.wait(&vm.name, "refused a standby", |s| {
-        s.warnings.iter().any(|w| w.contains("refused to hold a standby"))
+        s.warnings
+            .iter()
+            .any(|w| w.contains("refused to hold a standby"))
     });
     let warning = refused.warnings.join("; ");
-    says(&warning, &["should be mirrored and is not", "the VM needs 128 MiB", "are missing", "tmpfs"]);
+    says(
+        &warning,
+        &[
+            "should be mirrored and is not",
+            "the VM needs 256 MiB",
+            "are missing",
+            "tmpfs",
+        ],
+    );
     assert_eq!(b.vm(&vm.name).unwrap().role, Role::Stopped);
     let n = client.count_on(0, 5);
     // With room again it is mirrored without anybody's help.
@@ -349,23 +495,45 @@ fn a_partner_with_the_wrong_identity_is_not_spoken_to() {
     let (a_is, b_is) = (fingerprint(&a), fingerprint(&b));
     let pin = |api: &Api, here: &str, partner: &str, fingerprint: &str| {
         let links = link_addrs(bed.lab.host(&host(here)).unwrap(), &host(partner));
-        api.post("/v1/links", &LinkConfig { partner: host(partner), fingerprint: fingerprint.into(), links })
+        api.post(
+            "/v1/links",
+            &LinkConfig {
+                partner: host(partner),
+                fingerprint: fingerprint.into(),
+                links,
+            },
+        )
     };
-    says(&refusal(pin(&a, "a", "b", "sha256:12")), &["link to b", "fingerprint"]);
-    says(&refusal(pin(&a, "a", "a", &a_is)), &["a host cannot be its own partner"]);
+    says(
+        &refusal(pin(&a, "a", "b", "sha256:12")),
+        &["link to b", "fingerprint"],
+    );
+    says(
+        &refusal(pin(&a, "a", "a", &a_is)),
+        &["a host cannot be its own partner"],
+    );
     // On a, b is pinned as somebody else; b has it right.
     let pinned = format!("sha256:{}", "0123456789abcdef".repeat(4));
     pin(&a, "a", "b", &pinned).unwrap();
     pin(&b, "b", "a", &a_is).unwrap();
     let seen = eventually("a refuses b", || {
-        a.status().partners.into_iter().find(|p| p.last_error.as_ref().is_some_and(|e| e.contains(&pinned)))
+        a.status()
+            .partners
+            .into_iter()
+            .find(|p| p.last_error.as_ref().is_some_and(|e| e.contains(&pinned)))
     });
-    says(seen.last_error.as_deref().unwrap(), &["b", &pinned, &b_is, "pollux link create"]);
+    says(
+        seen.last_error.as_deref().unwrap(),
+        &["b", &pinned, &b_is, "pollux link create"],
+    );
     assert!(!seen.connected);
     let theirs = b.status().partners.remove(0);
     assert!(!theirs.connected, "{theirs:?}");
     let shown = bed.cli("a", &["status"]);
-    says(&String::from_utf8_lossy(&shown.stdout), &["not connected", &pinned, &b_is]);
+    says(
+        &String::from_utf8_lossy(&shown.stdout),
+        &["not connected", &pinned, &b_is],
+    );
 
     // Nothing is mirrored to it, and the VM runs all the same.
     let vm = bed.vm(&Guest::new());
@@ -373,14 +541,19 @@ fn a_partner_with_the_wrong_identity_is_not_spoken_to() {
     a.protect(&vm.name).unwrap();
     client.count_on(0, 3);
     let status = a.vm(&vm.name).unwrap();
-    assert_eq!((status.role, status.mirrored, status.state.as_str()), (Role::Primary, false, "solo"));
+    assert_eq!(
+        (status.role, status.mirrored, status.state.as_str()),
+        (Role::Primary, false, "solo")
+    );
     assert!(b.vm(&vm.name).is_err(), "b never heard of the VM");
 
     // Pinned as it is, it is mirrored.
     a.command(&vm.name, "unprotect").unwrap();
     a.delete("/v1/links/b").unwrap();
     pin(&a, "a", "b", &b_is).unwrap();
-    eventually("they are connected", || a.status().partners[0].connected.then_some(()));
+    eventually("they are connected", || {
+        a.status().partners[0].connected.then_some(())
+    });
     a.protect(&vm.name).unwrap();
     a.wait_mirrored(&vm.name);
     client.count_on(3, 3);
@@ -415,15 +588,25 @@ fn garbage_on_the_disk_socket_and_a_dying_qemu_lose_nothing() {
     let n = client.count_on(0, 5);
 
     let run_dir = bed.lab.host(&host("a")).unwrap().run_dir.join(&vm.name);
-    let listing = bed.lab.command(&at("a"), &["ls".as_ref(), run_dir.as_os_str()]).output().unwrap();
+    let listing = bed
+        .lab
+        .command(&at("a"), &["ls".as_ref(), run_dir.as_os_str()])
+        .output()
+        .unwrap();
     let listing = String::from_utf8(listing.stdout).unwrap();
-    let socket = listing.lines().find(|name| name.contains("nbd")).expect("the disk's socket");
+    let socket = listing
+        .lines()
+        .find(|name| name.contains("nbd"))
+        .expect("the disk's socket");
     let socket = run_dir.join(socket).display().to_string();
     bed.on("a", &["perl", "-e", NBD_GARBAGE, &socket]);
     let n = client.count_on(n, 5);
     client.check(1);
     let after = a.wait_mirrored(&vm.name);
-    assert_eq!((after.generation, after.qemu_pid), (mirrored.generation, mirrored.qemu_pid));
+    assert_eq!(
+        (after.generation, after.qemu_pid),
+        (mirrored.generation, mirrored.qemu_pid)
+    );
 
     // QEMU stops answering in the middle of a checkpoint, and then dies.
     let pid = pid_of(&after).to_string();
@@ -443,7 +626,6 @@ fn garbage_on_the_disk_socket_and_a_dying_qemu_lose_nothing() {
     bed.lab.kill_pid_in(&host("b"), pid_of(&mirrored)).unwrap();
     let n = client.count_on(n, 20);
     client.check(1);
-    a.wait(&vm.name, "running here again", |s| s.role == Role::Primary);
     // Somebody ends QEMU politely: not the guest's wish either.
     let mirrored = a.wait_mirrored(&vm.name);
     bed.on("a", &["kill", "-TERM", &pid_of(&mirrored).to_string()]);
@@ -473,7 +655,8 @@ fn a_standby_that_dies_while_seeding_costs_the_vm_nothing() {
     let bed = bed();
     let (a, b) = (bed.api("a"), bed.api("b"));
     let mut guest = Guest::new();
-    guest.disks = format!("[[disk]]\nname = \"ballast\"\npath = \"ballast.raw\"\nsize = {BALLAST_BYTES}\n");
+    guest.disks =
+        format!("[[disk]]\nname = \"ballast\"\npath = \"ballast.raw\"\nsize = {BALLAST_BYTES}\n");
     let vm = bed.vm(&guest);
     fill(&vm.image.with_file_name("ballast.raw"), BALLAST_BYTES);
     let mut client = vm.start();
@@ -484,8 +667,12 @@ fn a_standby_that_dies_while_seeding_costs_the_vm_nothing() {
     a.protect(&vm.name).unwrap();
     let seen = a.wait(&vm.name, "seeding", seeding);
     assert!(!seen.mirrored, "seeding was over too soon to be disturbed");
-    bed.lab.kill_pid_in(&host("b"), pid_of(&b.vm(&vm.name).unwrap())).unwrap();
-    a.wait(&vm.name, "told that seeding ended", |s| told(s, "seeding ended: the standby is gone"));
+    bed.lab
+        .kill_pid_in(&host("b"), pid_of(&b.vm(&vm.name).unwrap()))
+        .unwrap();
+    a.wait(&vm.name, "told that seeding ended", |s| {
+        told(s, "seeding ended: the standby is gone")
+    });
     n = client.count_on(n, 3);
     a.wait_mirrored(&vm.name);
     n = client.count_on(n, 3);
@@ -498,9 +685,14 @@ fn a_standby_that_dies_while_seeding_costs_the_vm_nothing() {
     let seen = a.wait(&vm.name, "seeding", seeding);
     assert!(!seen.mirrored, "seeding was over too soon to be disturbed");
     bed.lab.power_cut(&host("b")).unwrap();
-    let solo = a.wait(&vm.name, "solo again", |s| s.state == "solo" && !s.warnings.is_empty());
+    let solo = a.wait(&vm.name, "solo again", |s| {
+        s.state == "solo" && !s.warnings.is_empty()
+    });
     assert!(!solo.mirrored);
-    says(&solo.warnings[0], &["should be mirrored and is not", "lost"]);
+    says(
+        &solo.warnings[0],
+        &["should be mirrored and is not", "lost"],
+    );
     n = client.count_on(n, 3);
     bed.lab.power_on(&host("b")).unwrap();
     wait_daemon(&bed.socket("b")).unwrap();
@@ -519,31 +711,49 @@ fn a_guest_may_reboot_and_power_itself_off_while_mirrored() {
     let mirrored = a.wait_mirrored(&vm.name);
     let n = client.count_on(0, 5);
     let _ = client.try_ask("REBOOT");
-    let mut client = vm.client();
+    let mut client = vm.client_of_boot(2);
     client.check(2);
     let n = client.count_on(n, 5);
     let after = a.wait_mirrored(&vm.name);
-    assert_eq!((after.generation, after.qemu_pid), (mirrored.generation, mirrored.qemu_pid));
+    assert_eq!(
+        (after.generation, after.qemu_pid),
+        (mirrored.generation, mirrored.qemu_pid)
+    );
     assert!(told(&after, "the guest reboots"), "{:#?}", after.events);
 
     // After a failover it reboots as well, and powers itself off while mirrored.
     bed.lab.kill_pid_in(&host("a"), pid_of(&after)).unwrap();
     let n = client.count_on(n, 5);
     let _ = client.try_ask("REBOOT");
-    let mut client = vm.client();
+    let mut client = vm.client_of_boot(3);
     client.check(3);
     let n = client.count_on(n, 5);
     b.wait_mirrored(&vm.name);
     // Its last word leaves, as that of a machine which is then switched off.
     assert_eq!(client.ask("POWEROFF"), "OK");
     let off = b.wait_stopped(&vm.name);
-    assert!(told(&off, "the guest powered itself off"), "{:#?}", off.events);
+    assert!(
+        told(&off, "the guest powered itself off"),
+        "{:#?}",
+        off.events
+    );
     let standby = a.wait_stopped(&vm.name);
-    assert!(told(&standby, "standby stands down: dismissed"), "{:#?}", standby.events);
+    assert!(
+        told(&standby, "standby stands down: dismissed"),
+        "{:#?}",
+        standby.events
+    );
 
     // The registry knows that it runs nowhere, and whose disk is the newest.
     let refused = refusal(a.command(&vm.name, "start"));
-    says(&refused, &["it ran on host b last", "disks are the newest", "start it there"]);
+    says(
+        &refused,
+        &[
+            "it ran on host b last",
+            "disks are the newest",
+            "start it there",
+        ],
+    );
     b.command(&vm.name, "start").unwrap();
     let mut client = vm.client();
     client.check(4);

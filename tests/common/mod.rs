@@ -55,7 +55,11 @@ pub fn at(name: &str) -> Place {
 /// A name that no other test and no copy of this one uses.
 pub fn fresh_name() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    format!("t{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+    format!(
+        "t{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    )
 }
 
 /// Two hosts, `a` and `b`, each with a daemon, linked unless said otherwise.
@@ -66,7 +70,9 @@ pub struct Bed {
 impl Bed {
     /// A lab that dies with this process, or with the returned value.
     pub fn up() -> Self {
-        Self { lab: up_linked(Self::spec()).unwrap() }
+        Self {
+            lab: up_linked(Self::spec()).unwrap(),
+        }
     }
 
     /// The spec of [`Bed::up`], for tests that change it or bring it up without links.
@@ -80,7 +86,10 @@ impl Bed {
     }
 
     pub fn api(&self, host_name: &str) -> Api {
-        Api { client: Client::new(&self.socket(host_name)), host: host_name.into() }
+        Api {
+            client: Client::new(&self.socket(host_name)),
+            host: host_name.into(),
+        }
     }
 
     pub fn socket(&self, host_name: &str) -> PathBuf {
@@ -89,7 +98,12 @@ impl Bed {
 
     /// The command line, asking this host's daemon.
     pub fn cli(&self, host_name: &str, args: &[&str]) -> Output {
-        Command::new(POLLUX).arg("--api").arg(self.socket(host_name)).args(args).output().unwrap()
+        Command::new(POLLUX)
+            .arg("--api")
+            .arg(self.socket(host_name))
+            .args(args)
+            .output()
+            .unwrap()
     }
 
     /// Run a program on a host, in its namespaces; it must succeed.
@@ -107,8 +121,16 @@ impl Bed {
         let images = self.lab.host(&host("a")).unwrap().state_dir.join("images");
         std::fs::create_dir_all(&images).unwrap();
         let image = images.join(format!("{}.raw", guest.name));
-        std::fs::File::create(&image).unwrap().set_len(guest.disk_bytes).unwrap();
-        let vm = Vm { bed: self, name: guest.name.clone(), ip: guest.ip, image };
+        std::fs::File::create(&image)
+            .unwrap()
+            .set_len(guest.disk_bytes)
+            .unwrap();
+        let vm = Vm {
+            bed: self,
+            name: guest.name.clone(),
+            ip: guest.ip,
+            image,
+        };
         self.api("a").create(&guest.toml()).unwrap();
         vm
     }
@@ -129,7 +151,11 @@ impl Drop for Bed {
 }
 
 fn block<T>(exchange: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(exchange)
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(exchange)
 }
 
 /// One daemon's API, blocking.
@@ -156,7 +182,13 @@ impl Api {
     }
 
     pub fn create(&self, spec: &str) -> Result<Done, ClientError> {
-        self.post("/v1/vms", &CreateVm { spec: spec.into(), origin: "vm.toml".into() })
+        self.post(
+            "/v1/vms",
+            &CreateVm {
+                spec: spec.into(),
+                origin: "vm.toml".into(),
+            },
+        )
     }
 
     /// `start`, `stop`, `unprotect` or `switchover`.
@@ -217,13 +249,25 @@ struct GuestFiles {
 static GUEST: LazyLock<GuestFiles> = LazyLock::new(|| {
     let run = |args: &[&str]| {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let out = Command::new(root.join(args[0])).args(&args[1..]).current_dir(root).output().unwrap();
-        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        let out = Command::new(root.join(args[0]))
+            .args(&args[1..])
+            .current_dir(root)
+            .output()
+            .unwrap();
+        assert!(
+            out.status.success(),
+            "{args:?}: {}",
+            String::from_utf8_lossy(&out.stderr)
+        );
         String::from_utf8(out.stdout).unwrap().trim().to_owned()
     };
     GuestFiles {
         folder: run(&["guest/build"]).into(),
-        cmdline: format!("{} tsc_early_khz={}", run(&["guest/cmdline"]), run(&["guest/cmdline", "--tsc-khz"])),
+        cmdline: format!(
+            "{} tsc_early_khz={}",
+            run(&["guest/cmdline"]),
+            run(&["guest/cmdline", "--tsc-khz"])
+        ),
     }
 });
 
@@ -301,9 +345,18 @@ impl Vm<'_> {
         self.client()
     }
 
-    /// A client outside, once the guest answers. A guest that is about to reboot may still
-    /// take a connection and forget it, so only an answer counts.
+    /// A client outside, once the guest answers.
     pub fn client(&self) -> Counter {
+        self.client_of("boot=")
+    }
+
+    /// A client outside, once the guest has booted so often. One that is about to reboot
+    /// may still take connections, and answer.
+    pub fn client_of_boot(&self, boot: u64) -> Counter {
+        self.client_of(&format!("boot={boot} "))
+    }
+
+    fn client_of(&self, state: &str) -> Counter {
         let outside = self.bed.lab.place_fd(&Place::Outside).unwrap();
         let address = SocketAddr::from((self.ip, COUNTER_PORT));
         let limit = Duration::from_secs(1);
@@ -312,10 +365,21 @@ impl Vm<'_> {
             let stream = in_network(outside.as_fd(), connect).unwrap().ok()?;
             stream.set_read_timeout(Some(limit)).unwrap();
             stream.set_nodelay(true).unwrap();
-            let mut counter = Counter { stream: BufReader::new(stream), requests: 0 };
-            (counter.try_ask("PING").ok()? == "PONG").then_some(counter)
+            let mut counter = Counter {
+                stream: BufReader::new(stream),
+                requests: 0,
+            };
+            counter
+                .try_ask("STATE")
+                .ok()?
+                .starts_with(state)
+                .then_some(counter)
         });
-        counter.stream.get_mut().set_read_timeout(Some(PATIENCE)).unwrap();
+        counter
+            .stream
+            .get_mut()
+            .set_read_timeout(Some(PATIENCE))
+            .unwrap();
         counter
     }
 }
@@ -329,7 +393,9 @@ impl Drop for Vm<'_> {
             }
         }
         let gone = |api: &Api| match api.vm(&self.name) {
-            Ok(vm) if vm.role == Role::Stopped => api.delete(&format!("/v1/vms/{}", self.name)).is_ok(),
+            Ok(vm) if vm.role == Role::Stopped => {
+                api.delete(&format!("/v1/vms/{}", self.name)).is_ok()
+            }
             Ok(_) => false,
             Err(_) => true,
         };
@@ -352,12 +418,15 @@ pub struct Counter {
 impl Counter {
     /// One request and its answer.
     pub fn ask(&mut self, request: &str) -> String {
-        self.try_ask(request).unwrap_or_else(|e| panic!("{request}: {e}"))
+        self.try_ask(request)
+            .unwrap_or_else(|e| panic!("{request}: {e}"))
     }
 
     /// The same, where the connection may break.
     pub fn try_ask(&mut self, request: &str) -> std::io::Result<String> {
-        self.stream.get_mut().write_all(format!("{request}\n").as_bytes())?;
+        self.stream
+            .get_mut()
+            .write_all(format!("{request}\n").as_bytes())?;
         let mut line = String::new();
         if self.stream.read_line(&mut line)? == 0 {
             return Err(std::io::ErrorKind::UnexpectedEof.into());
@@ -384,7 +453,10 @@ impl Counter {
     pub fn check(&mut self, boot: u64) {
         let state = self.ask("STATE");
         assert!(state.starts_with(&format!("boot={boot} ")), "{state}");
-        assert!(state.contains("disk_errors=0") && state.contains("memory_errors=0"), "{state}");
+        assert!(
+            state.contains("disk_errors=0") && state.contains("memory_errors=0"),
+            "{state}"
+        );
         let verdict = self.ask("VERIFY");
         assert!(verdict.starts_with("OK "), "{verdict}");
     }
