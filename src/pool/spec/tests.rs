@@ -56,6 +56,14 @@ fn a_good_spec_is_read_and_resolved() {
 }
 
 #[test]
+fn the_partner_may_be_left_to_the_operator() {
+    let text = with("partner = \"host-b\"", "");
+    let spec = VmSpec::parse(&text, "vm.toml").unwrap();
+    assert_eq!(spec.mirror.partner, None);
+    assert_eq!(VmSpec::parse(&spec.to_toml(), "-").unwrap(), spec);
+}
+
+#[test]
 fn a_microvm_without_a_clock_is_noted() {
     let text = with(" tsc_early_khz=2600000", "");
     let (_, notes) = VmSpec::parse_with_notes(&text, "-").unwrap();
