@@ -3,6 +3,7 @@
 use super::attempt::{Attempt, InFlight};
 use super::busy::BusyMeter;
 use super::cutting::Taking;
+use super::ingress;
 use super::parts::{self, Parts};
 use super::publish::Shared;
 use super::sender::{EpochJob, SentEpoch};
@@ -11,7 +12,7 @@ use crate::api::types::{Failover, Role};
 use crate::daemon::clock::{now, now_ns};
 use crate::daemon::control::ControlMsg;
 use crate::interpose::checkpoint::{Checkpointer, ClockStatus};
-use crate::interpose::net::NetMode;
+use crate::interpose::net::{NetMode, NetPort};
 use crate::mirror::primary::{PrimaryEnd, PrimaryState};
 use crate::mirror::{
     Alert, MAX_IN_FLIGHT, Micros, Policy, Primary, PrimaryAction, PrimaryConfig, PrimaryInput,
@@ -22,6 +23,7 @@ use crate::registry::Versioned;
 use crate::vm::admission;
 use crate::vm::argv::Side;
 use crate::vm::qmp::Qmp;
+use bytes::Bytes;
 use interconnect::epoch::EpochMeta;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -660,12 +662,14 @@ impl PrimarySide {
             wire_bytes: 0,
         });
         self.resumed_ns = resumed_ns;
+        let egress = held_egress(&self.parts.ports, epoch);
         let job = EpochJob {
             epoch,
             staging,
             writes: writes.into_iter().map(|w| w.writes).collect(),
             base,
             device_state: cut.device_state,
+            egress,
             meta: EpochMeta {
                 flush,
                 clock_ns: begun_ns,
@@ -848,6 +852,18 @@ impl PrimarySide {
     pub(super) fn checkpointer_cont(&mut self) -> Result<(), String> {
         self.checkpointer.cont().map_err(say)
     }
+}
+
+/// What the gates hold of `epoch`, as it travels with it.
+fn held_egress(ports: &[Arc<NetPort>], epoch: Epoch) -> Vec<Bytes> {
+    let share = ingress::EGRESS_BYTES_MAX / ports.len().max(1);
+    let of_port = |(nic, port): (usize, &Arc<NetPort>)| {
+        let frames = port.held_of(epoch, share);
+        frames
+            .into_iter()
+            .filter_map(move |frame| ingress::egress(nic, &frame))
+    };
+    ports.iter().enumerate().flat_map(of_port).collect()
 }
 
 /// The operator's policy as the schedule takes it.

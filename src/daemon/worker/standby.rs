@@ -1,6 +1,6 @@
 //! The side that waits: carries out what [`mirror::Standby`](crate::mirror::Standby) decides.
 
-use super::ingress;
+use super::ingress::{self, Way};
 use super::parts::Parts;
 use super::primary::PrimarySide;
 use super::publish::Shared;
@@ -546,21 +546,30 @@ impl<'a> StandbySide<'a> {
         Ok(control)
     }
 
-    /// Give the guest again what it may have been given after its checkpoint: the open
-    /// epoch's frames, and the last one's (a frame that reached QEMU while the guest stood
-    /// still is in no checkpoint). Networks may repeat frames; TCP drops what it has.
+    /// Let out what the old primary held of the epoch this side goes on from, and give the
+    /// guest again what it may have been given after its checkpoint: the open epoch's
+    /// frames, and the last one's (a frame that reached QEMU while the guest stood still is
+    /// in no checkpoint). Networks may repeat frames; TCP drops what it has.
     fn replay(&mut self, last: Vec<Bytes>) -> u64 {
+        let mut ways = vec![(Vec::new(), Vec::new()); self.parts.ports.len()];
+        for (way, nic, frame) in last.into_iter().filter_map(ingress::split) {
+            match (way, ways.get_mut(nic)) {
+                (Way::Out, Some((out, _))) => out.push(frame),
+                (Way::In, Some((_, again))) => again.push(frame),
+                (_, None) => {}
+            }
+        }
+        // The open epoch was not committed: nothing of what its guest sent may leave.
         let open = self.landing.assembler().open_ingress();
-        let mut per_port = vec![Vec::new(); self.parts.ports.len()];
-        for (nic, frame) in last.into_iter().chain(open).filter_map(ingress::split) {
-            if let Some(frames) = per_port.get_mut(nic) {
-                frames.push(frame);
+        for (way, nic, frame) in open.into_iter().filter_map(ingress::split) {
+            if let (Way::In, Some((_, again))) = (way, ways.get_mut(nic)) {
+                again.push(frame);
             }
         }
         let mut replayed = 0;
-        for (port, frames) in self.parts.ports.iter().zip(per_port) {
-            replayed += frames.len() as u64;
-            port.inject(frames);
+        for (port, (out, again)) in self.parts.ports.iter().zip(ways) {
+            replayed += (port.let_out(&out) + again.len()) as u64;
+            port.inject(again);
         }
         replayed
     }
