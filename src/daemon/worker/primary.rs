@@ -403,7 +403,10 @@ impl PrimarySide {
             }
             VmCommand::Unprotect => {
                 self.wanted = None;
-                self.input(PrimaryInput::Unprotect);
+                // Solo there is nothing to undo but the wish.
+                if status.state != PrimaryState::Solo {
+                    self.input(PrimaryInput::Unprotect);
+                }
             }
             VmCommand::Switchover => {
                 if status.state != PrimaryState::Mirrored {
@@ -419,6 +422,8 @@ impl PrimarySide {
                 self.input(PrimaryInput::GuestShutdown);
             }
         }
+        // Whoever asked may look at once.
+        self.publish(true);
         Ok(())
     }
 
