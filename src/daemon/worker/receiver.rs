@@ -335,6 +335,7 @@ mod tests {
         assert_eq!(lane.whole(), Epoch(WHOLE_MAX as u64 + 1));
         // The worker goes away: the receiver ends and what it held back never comes.
         drop(lane.slots);
+        drop(lane.frames);
         assert_eq!(lane.inbox.iter().count(), 0);
     }
 
