@@ -140,6 +140,8 @@ pub enum WorkerEvent {
     },
     /// The stream of RAM blocks outside the RAM file.
     Blocks(bytes::Bytes),
+    /// The daemon is told to end.
+    DaemonEnds,
     /// QEMU ended, and not by this daemon. A guest that powers itself off does not end
     /// QEMU, so this is never the guest's wish, whatever the exit status.
     QemuExit {
@@ -171,6 +173,12 @@ impl Routes {
         for inbox in self.lock().values() {
             let _ = inbox.send(event());
         }
+    }
+
+    /// Whether no worker is left.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
     }
 
     /// Register the inbox of a new worker.

@@ -358,6 +358,14 @@ impl PrimarySide {
                 self.shared.event(reason.clone());
                 self.input(PrimaryInput::GuestDied { reason });
             }
+            WorkerEvent::DaemonEnds => {
+                let reason = format!("the daemon of {} was told to end", self.env.config.name);
+                self.input(if self.machine.status(now()).mirrored {
+                    PrimaryInput::GuestDied { reason }
+                } else {
+                    PrimaryInput::GuestShutdown
+                });
+            }
             WorkerEvent::LinkDown(..)
             | WorkerEvent::Verdict { .. }
             | WorkerEvent::Lane { .. }
