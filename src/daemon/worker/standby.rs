@@ -61,6 +61,8 @@ struct StandbySide<'a> {
     last: Option<LastApplied>,
     failover: Failover,
     lane_seen: bool,
+    /// Given back with each applied epoch, or the receiver takes no more.
+    slots: Option<receiver::Slots>,
     published_at: Micros,
     measured_at: Micros,
     resident_bytes: Option<u64>,
@@ -189,6 +191,7 @@ impl<'a> StandbySide<'a> {
                 ..Failover::default()
             },
             lane_seen: false,
+            slots: None,
             published_at: Micros::ZERO,
             measured_at: Micros::ZERO,
             resident_bytes: None,
@@ -291,10 +294,11 @@ impl<'a> StandbySide<'a> {
                     return;
                 }
                 self.lane_seen = true;
-                if let Err(e) = receiver::start(self.landing.clone(), rx, self.inbox.clone()) {
-                    self.input(StandbyInput::ShellFailed {
+                match receiver::start(self.landing.clone(), rx, self.inbox.clone()) {
+                    Ok(slots) => self.slots = Some(slots),
+                    Err(e) => self.input(StandbyInput::ShellFailed {
                         reason: e.to_string(),
-                    });
+                    }),
                 }
             }
             WorkerEvent::Blocks(blocks) => self.blocks = Some(blocks),
@@ -488,6 +492,9 @@ impl<'a> StandbySide<'a> {
         }
         for (disk, writes) in self.landing.disks.iter().zip(&per_disk) {
             disk.apply(self.generation, writes).map_err(say)?;
+        }
+        if let Some(slots) = &self.slots {
+            slots.give_back();
         }
         self.epochs += 1;
         self.last = Some(LastApplied {
