@@ -581,7 +581,12 @@ impl PrimarySide {
         let bytes: u64 = pages * 4096 + writes.iter().map(|w| w.bytes).sum::<u64>();
         attempt.in_flight.push_back(InFlight {
             epoch,
-            began_ns: self.resumed_ns,
+            // Before epoch 1 nothing was promised, so nothing lagged.
+            began_ns: if epoch.0 == 1 {
+                begun_ns
+            } else {
+                self.resumed_ns
+            },
             resumed_ns,
             timings: cut.timings,
             capture_us: collected.wall_us,
