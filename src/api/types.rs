@@ -297,6 +297,13 @@ pub struct CreateVm {
     pub origin: String,
 }
 
+/// `POST /v1/vms/NAME/start`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Start {
+    /// Start from this host's disks although another host may hold newer writes.
+    pub force: bool,
+}
+
 /// `POST /v1/vms/NAME/protect`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Protect {

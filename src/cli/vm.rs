@@ -2,7 +2,7 @@
 
 use super::{print_json, show};
 use crate::api::client::{Client, block};
-use crate::api::types::{CreateVm, Done, Protect, Role, VmStatus};
+use crate::api::types::{CreateVm, Done, Protect, Role, Start, VmStatus};
 use crate::pool::HostName;
 use anyhow::{Context, bail};
 use clap::Subcommand;
@@ -46,6 +46,10 @@ pub(super) enum VmCommand {
     Start {
         /// Name or uuid.
         name: String,
+        /// Start from this host's disks although another host held a standby or ran it
+        /// last, and may have newer writes: they are given up. For the loss of both hosts.
+        #[arg(long)]
+        force: bool,
     },
     /// Power a VM off, as pulling its plug would; shut it down inside first.
     Stop {
@@ -113,7 +117,11 @@ pub(super) fn run(command: VmCommand, client: &Client, json: bool) -> anyhow::Re
             let done: Done = block(client.delete(&format!("/v1/vms/{name}")))?;
             report(&done, json)
         }
-        VmCommand::Start { name } => simple(client, &name, "start", json),
+        VmCommand::Start { name, force } => {
+            let done: Done =
+                block(client.post(&format!("/v1/vms/{name}/start"), &Start { force }))?;
+            report(&done, json)
+        }
         VmCommand::Stop { name } => simple(client, &name, "stop", json),
         VmCommand::Unprotect { name } => simple(client, &name, "unprotect", json),
         VmCommand::Switchover { name } => simple(client, &name, "switchover", json),

@@ -6,7 +6,7 @@
 use super::{Host, VmCommand};
 use crate::api::BODY_BYTES_MAX;
 use crate::api::types::{
-    ApiError, CreateVm, Done, HostInfo, HostStatus, LinkConfig, Protect, VmStatus,
+    ApiError, CreateVm, Done, HostInfo, HostStatus, LinkConfig, Protect, Start, VmStatus,
 };
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request, State};
@@ -146,8 +146,12 @@ async fn vm_delete(State(host): State<Arc<Host>>, Path(name): Path<String>) -> A
     blocking(move || host.vm_delete(&name)).await
 }
 
-async fn vm_start(State(host): State<Arc<Host>>, Path(name): Path<String>) -> Answer<Done> {
-    blocking(move || host.vm_start(&name)).await
+async fn vm_start(
+    State(host): State<Arc<Host>>,
+    Path(name): Path<String>,
+    Body(start): Body<Start>,
+) -> Answer<Done> {
+    blocking(move || host.vm_start(&name, start.force)).await
 }
 
 async fn vm_protect(

@@ -78,9 +78,11 @@ async fn serve(host: Arc<Host>, socket: &Path) -> anyhow::Result<()> {
             _ = tokio::signal::ctrl_c() => {}
         }
     };
-    axum::serve(listener, http::router(host))
+    axum::serve(listener, http::router(Arc::clone(&host)))
         .with_graceful_shutdown(end)
         .await?;
+    tracing::info!(host = %name, "putting VMs away");
+    tokio::task::spawn_blocking(move || host.put_away()).await?;
     let _ = std::fs::remove_file(socket);
     tracing::info!(host = %name, "ended");
     Ok(())

@@ -88,6 +88,7 @@ impl Partner {
                         epoch,
                         ..
                     } = frame;
+                    tracing::debug!(%vm, %epoch, "acknowledged");
                     if !acks.send(vm, WorkerEvent::Acked { generation, epoch }) {
                         tracing::debug!(%vm, %epoch, "an acknowledgement for no worker");
                     }

@@ -34,7 +34,7 @@ pub use publish::Shared;
 use super::claims::Claims;
 use super::config::HostConfig;
 use super::control::ControlMsg;
-use crate::mirror::{ClaimOutcome, Ticket, Timing, Verdict, Versioned, VmRecord};
+use crate::mirror::{ClaimOutcome, Micros, Ticket, Timing, Verdict, Versioned, VmRecord};
 use crate::pool::spec::VmSpec;
 use crate::pool::{Epoch, Generation, HostName, VmId};
 use crate::vm::argv::Accel;
@@ -116,6 +116,15 @@ pub enum WorkerEvent {
         /// When it was asked for, CLOCK_MONOTONIC nanoseconds.
         asked_ns: u64,
     },
+    /// The sender is about to hand the epoch's closing frame to the lane.
+    Closing {
+        /// The attempt.
+        generation: Generation,
+        /// The epoch.
+        epoch: Epoch,
+        /// Just before.
+        at: Micros,
+    },
     /// The sender is done with an epoch.
     Sent(sender::SentEpoch),
     /// The seeder has ended.
@@ -131,12 +140,13 @@ pub enum WorkerEvent {
     },
     /// The stream of RAM blocks outside the RAM file.
     Blocks(bytes::Bytes),
-    /// QEMU ended by itself.
+    /// The daemon is told to end.
+    DaemonEnds,
+    /// QEMU ended, and not by this daemon. A guest that powers itself off does not end
+    /// QEMU, so this is never the guest's wish, whatever the exit status.
     QemuExit {
         /// In words.
         reason: String,
-        /// It ended as it does when the guest powers off.
-        clean: bool,
     },
 }
 
@@ -163,6 +173,12 @@ impl Routes {
         for inbox in self.lock().values() {
             let _ = inbox.send(event());
         }
+    }
+
+    /// Whether no worker is left.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
     }
 
     /// Register the inbox of a new worker.

@@ -13,7 +13,7 @@ use crate::mirror::primary::PressureKind;
 use crate::pool::Generation;
 use crate::pool::spec::{Disk as DiskSpec, VmSpec};
 use crate::vm::argv::{Side, VmPaths, command_line};
-use crate::vm::process::{ExitHow, Qemu, SpawnOpts};
+use crate::vm::process::{Qemu, SpawnOpts};
 use crate::vm::qmp::Qmp;
 use crate::vm::room;
 use std::path::PathBuf;
@@ -311,10 +311,8 @@ fn watch(qemu: &Arc<Qemu>, inbox: &Sender<WorkerEvent>) {
     let (qemu, inbox) = (Arc::clone(qemu), inbox.clone());
     let watcher = move || {
         if let Some(exit) = qemu.wait_exit(None) {
-            let clean = exit.how == ExitHow::Status(0);
             let _ = inbox.send(WorkerEvent::QemuExit {
                 reason: exit.to_string(),
-                clean,
             });
         }
     };

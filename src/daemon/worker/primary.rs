@@ -6,7 +6,7 @@ use super::cutting::Taking;
 use super::parts::{self, Parts};
 use super::publish::Shared;
 use super::sender::{EpochJob, SentEpoch};
-use super::{Env, VmCommand, WorkerConfig, WorkerEvent};
+use super::{Env, Peer, VmCommand, WorkerConfig, WorkerEvent};
 use crate::api::types::{Failover, Role};
 use crate::daemon::clock::{now, now_ns};
 use crate::daemon::control::ControlMsg;
@@ -57,11 +57,25 @@ pub struct PrimarySide {
     measured_at: Micros,
     resident_bytes: Option<u64>,
     resumed_ns: u64,
+    /// The guest powered itself off and stands.
+    guest_off: GuestOff,
+    /// Whom the last attempt was made with, for a word after its end.
+    last_peer: Option<(Peer, Generation)>,
     /// How this side went solo, step by step.
     solo: Failover,
     over: bool,
     /// Last: QEMU goes when all who use it are gone.
     pub(super) parts: Parts,
+}
+
+/// Whether the guest has powered itself off.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum GuestOff {
+    No,
+    /// QEMU said so, the machine does not know yet.
+    Seen,
+    /// The machine knows.
+    Told,
 }
 
 fn say<E: std::fmt::Display>(e: E) -> String {
@@ -144,6 +158,8 @@ impl PrimarySide {
             measured_at: Micros::ZERO,
             resident_bytes: None,
             resumed_ns: now_ns(),
+            guest_off: GuestOff::No,
+            last_peer: None,
             solo: Failover::default(),
             over: false,
             parts,
@@ -172,12 +188,38 @@ impl PrimarySide {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             let state = self.machine.status(now()).state;
+            self.guest_events();
+            if self.guest_off == GuestOff::Seen {
+                self.guest_off = GuestOff::Told;
+                self.wanted = None;
+                self.input(PrimaryInput::GuestShutdown);
+            }
             self.input(PrimaryInput::Tick);
             self.retry();
             self.note_change(state);
             self.publish(false);
         }
         self.publish(true);
+    }
+
+    /// Take in what QEMU reports by itself. A guest that powers itself off does not end
+    /// QEMU (`-action shutdown=pause`): it stands, so that its last words can leave once
+    /// the registry knows that it is to run nowhere.
+    fn guest_events(&mut self) {
+        while let Some(event) = self.checkpointer.poll_event() {
+            let by_guest = event.data["guest"] == true;
+            let why = event.data["reason"].as_str().unwrap_or("no reason given");
+            match event.name.as_str() {
+                "SHUTDOWN" if by_guest && self.guest_off == GuestOff::No => {
+                    self.guest_off = GuestOff::Seen;
+                    self.shared
+                        .event(format!("the guest powered itself off ({why})"));
+                }
+                "RESET" if by_guest => self.shared.event(format!("the guest reboots ({why})")),
+                "GUEST_PANICKED" => self.shared.event("the guest's kernel panicked".into()),
+                _ => {}
+            }
+        }
     }
 
     fn note_change(&mut self, before: PrimaryState) {
@@ -293,18 +335,35 @@ impl PrimarySide {
                 self.solo.claim_won_ns = now_ns();
                 self.input(PrimaryInput::ClaimResult { ticket, outcome });
             }
+            WorkerEvent::Closing {
+                generation,
+                epoch,
+                at,
+            } => {
+                if self
+                    .attempt
+                    .as_ref()
+                    .is_some_and(|a| a.generation == generation)
+                {
+                    self.input(PrimaryInput::Sent { epoch, at });
+                }
+            }
             WorkerEvent::Sent(sent) => self.sent(sent),
             WorkerEvent::Seeded(seeded) => {
                 if let Some(input) = self.seeded(*seeded) {
                     self.input(input);
                 }
             }
-            WorkerEvent::QemuExit { reason, clean } => {
+            WorkerEvent::QemuExit { reason } => {
                 self.shared.event(reason.clone());
-                self.input(if clean {
-                    PrimaryInput::GuestShutdown
-                } else {
+                self.input(PrimaryInput::GuestDied { reason });
+            }
+            WorkerEvent::DaemonEnds => {
+                let reason = format!("the daemon of {} was told to end", self.env.config.name);
+                self.input(if self.machine.status(now()).mirrored {
                     PrimaryInput::GuestDied { reason }
+                } else {
+                    PrimaryInput::GuestShutdown
                 });
             }
             WorkerEvent::LinkDown(..)
@@ -481,8 +540,12 @@ impl PrimarySide {
             }
             PrimaryAction::GoSolo { generation } => self.go_solo(generation),
             PrimaryAction::DismissStandby => {
-                if let Some(generation) = self.attempt.as_ref().map(|a| a.generation) {
-                    self.say(generation, &ControlMsg::Dismiss);
+                let attempt = self
+                    .attempt
+                    .as_ref()
+                    .map(|a| (a.peer.clone(), a.generation));
+                if let Some((peer, generation)) = attempt.or_else(|| self.last_peer.take()) {
+                    peer.say(self.config.spec.uuid, generation, &ControlMsg::Dismiss);
                 }
             }
             PrimaryAction::Handover { generation, epoch } => {
@@ -518,6 +581,14 @@ impl PrimarySide {
     }
 
     fn cut(&mut self, epoch: Epoch, stay_stopped: bool) -> PrimaryInput {
+        self.guest_events();
+        if self.guest_off != GuestOff::No {
+            // A standby must not wake a guest that is off: it would hang where it went down.
+            return PrimaryInput::CutFailed {
+                epoch,
+                reason: "the guest has powered itself off".into(),
+            };
+        }
         let Some(attempt) = &mut self.attempt else {
             return PrimaryInput::CutFailed {
                 epoch,
@@ -656,8 +727,11 @@ impl PrimarySide {
         self.parts.ingress.close();
         if let Some(attempt) = self.attempt.take() {
             attempt.give_up();
-            self.shared
-                .event(format!("runs unmirrored, generation {generation}"));
+            self.last_peer = Some((attempt.peer.clone(), attempt.generation));
+            if self.machine.status(now()).state == PrimaryState::Solo {
+                self.shared
+                    .event(format!("runs unmirrored, generation {generation}"));
+            }
             if self.solo.suspected_ns != 0 {
                 let mut solo = std::mem::take(&mut self.solo);
                 solo.running_ns = now_ns();

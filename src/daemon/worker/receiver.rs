@@ -70,10 +70,12 @@ pub fn start(
     inbox: Sender<WorkerEvent>,
 ) -> std::io::Result<()> {
     let receive = move || {
+        let blocks = Some(BytesMut::new());
         let mut receiver = Receiver {
             landing,
             inbox,
-            blocks: Some(BytesMut::new()),
+            blocks,
+            begun: Epoch::default(),
         };
         while let Some(frame) = frames.blocking_recv() {
             let epoch = frame.epoch;
@@ -94,6 +96,8 @@ struct Receiver {
     inbox: Sender<WorkerEvent>,
     /// The RAM blocks so far, until the first frame of another kind.
     blocks: Option<BytesMut>,
+    /// The newest epoch of which content has come.
+    begun: Epoch,
 }
 
 impl Receiver {
@@ -114,14 +118,19 @@ impl Receiver {
                 self.end_blocks();
                 self.seed_disk(&frame.payload)
             }
-            _ => {
+            kind => {
                 self.end_blocks();
+                if kind != FrameKind::Ingress && frame.epoch > self.begun {
+                    self.begun = frame.epoch;
+                    tracing::debug!(epoch = %self.begun, "epoch begins to come");
+                }
                 let whole = self
                     .landing
                     .assembler()
                     .push(frame)
                     .map_err(|e| e.to_string())?;
                 if let Some(epoch) = whole {
+                    tracing::debug!(epoch = %epoch.epoch, "epoch whole");
                     let _ = self.inbox.send(WorkerEvent::Whole(Box::new(epoch)));
                 }
                 Ok(())

@@ -4,6 +4,7 @@
 //! tables, because it is the one place that sees every page and write that is sent.
 
 use super::WorkerEvent;
+use crate::daemon::clock::now;
 use crate::interpose::audit::AuditTable;
 use crate::interpose::disk::{Disk, DiskWrite, WriteData};
 use crate::interpose::memory::{PAGE_SIZE, Page, Staging};
@@ -186,7 +187,9 @@ fn send(
         lane.send_blocking(frame)
     };
     let words = |e: WriteError<SendError>| e.to_string();
-    writer.begin(job.epoch);
+    let epoch = job.epoch;
+    tracing::debug!(%epoch, pages = job.staging.len_pages(), queued = lane.queued_bytes(), "epoch to the lane");
+    writer.begin(epoch);
     writer.pages(job.staging.iter(), &mut put).map_err(words)?;
     for (index, ranges) in job.base.iter().enumerate() {
         for chunk in ranges.iter().flat_map(|r| chunks(r.clone())) {
@@ -226,7 +229,18 @@ fn send(
         }
         job.meta.audit = audit.sums();
     }
+    // The lease counts from here: the standby cannot acknowledge before it has the end.
+    let closing = WorkerEvent::Closing {
+        generation: config.generation,
+        epoch,
+        at: now(),
+    };
+    config
+        .inbox
+        .send(closing)
+        .map_err(|_| "the worker has ended".to_owned())?;
     writer.finish(&job.meta, &mut put).map_err(words)?;
+    tracing::debug!(%epoch, bytes, queued = lane.queued_bytes(), "epoch in the lane");
     Ok(bytes)
 }
 

@@ -316,7 +316,17 @@ impl<'a> StandbySide<'a> {
                 self.failover.claim_won_ns = now_ns();
                 self.input(StandbyInput::ClaimResult { ticket, outcome });
             }
-            WorkerEvent::QemuExit { reason, .. } => {
+            WorkerEvent::DaemonEnds => {
+                self.peer.say(
+                    self.config.spec.uuid,
+                    self.generation,
+                    &ControlMsg::StandbyGone {
+                        reason: "its daemon was told to end".into(),
+                    },
+                );
+                self.over = true;
+            }
+            WorkerEvent::QemuExit { reason } => {
                 self.input(StandbyInput::StandbyGuestDied { reason });
             }
             _ => {}

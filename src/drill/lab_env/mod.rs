@@ -307,8 +307,11 @@ impl DrillEnv for LabEnv {
             origin: "drill".into(),
         };
         let _: Done = block(client.post("/v1/vms", &create)).map_err(refused("creating the VM"))?;
-        let _: Done = block(client.post(&format!("/v1/vms/{VM_NAME}/start"), &()))
-            .map_err(refused("starting the VM"))?;
+        let _: Done = block(client.post(
+            &format!("/v1/vms/{VM_NAME}/start"),
+            &types::Start::default(),
+        ))
+        .map_err(refused("starting the VM"))?;
         self.wait("the guest to answer", limit, |env| {
             match env.ask_guest("PING") {
                 Ok(answer) if answer == "PONG" => Ok(()),
