@@ -630,10 +630,16 @@ impl PrimarySide {
                     disk.checkpoint_ends();
                 }
                 attempt.spare.push(staging);
-                return PrimaryInput::CutFailed {
-                    epoch,
-                    reason: e.to_string(),
-                };
+                let reason = e.to_string();
+                if e.monitor_is_gone() {
+                    // Going solo with it would depose the standby, which is whole, for a
+                    // guest that is dead or that nobody can ever stop or resume again.
+                    self.parts.qemu.kill();
+                    let exit = self.parts.qemu.wait_exit(None);
+                    let reason = exit.map_or(reason, |exit| exit.to_string());
+                    return PrimaryInput::GuestDied { reason };
+                }
+                return PrimaryInput::CutFailed { epoch, reason };
             }
         };
         let (writes, collected) = (taking.writes, taking.collected);
