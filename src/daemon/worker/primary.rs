@@ -637,10 +637,16 @@ impl PrimarySide {
                     disk.checkpoint_ends();
                 }
                 attempt.spare.push(staging);
-                return PrimaryInput::CutFailed {
-                    epoch,
-                    reason: e.to_string(),
-                };
+                let reason = e.to_string();
+                if e.monitor_is_gone() {
+                    // Going solo with it would depose the standby, which is whole, for a
+                    // guest that is dead or that nobody can ever stop or resume again.
+                    self.parts.qemu.kill();
+                    let exit = self.parts.qemu.wait_exit(None);
+                    let reason = exit.map_or(reason, |exit| exit.to_string());
+                    return PrimaryInput::GuestDied { reason };
+                }
+                return PrimaryInput::CutFailed { epoch, reason };
             }
         };
         let (writes, collected) = (taking.writes, taking.collected);
@@ -659,7 +665,12 @@ impl PrimarySide {
         let bytes: u64 = pages * 4096 + writes.iter().map(|w| w.bytes).sum::<u64>();
         attempt.in_flight.push_back(InFlight {
             epoch,
-            began_ns: self.resumed_ns,
+            // Before epoch 1 nothing was promised, so nothing lagged.
+            began_ns: if epoch.0 == 1 {
+                begun_ns
+            } else {
+                self.resumed_ns
+            },
             resumed_ns,
             timings: cut.timings,
             capture_us: collected.wall_us,
