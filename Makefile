@@ -42,7 +42,7 @@ verify: setup-verify
 	$(CARGO) fmt --all --check
 	scripts/check-rooms
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps --document-private-items --quiet
+	RUSTDOCFLAGS='-D warnings -A rustdoc::private-intra-doc-links' $(CARGO) doc --locked --workspace --no-deps --document-private-items --quiet
 	PATH="$(CURDIR)/target/tools/bin:$$PATH" $(CARGO) deny --log-level warn check licenses bans sources
 
 advisories: setup-verify

@@ -11,7 +11,7 @@ use pollux::vm::kernel::check_host;
 use pollux::vm::probe::{common_machine, find_qemu};
 use pollux::vm::process::{ExitHow, Qemu, SpawnOpts};
 use pollux::vm::room::{
-    check_disks, check_memory_room, create_ram_file, give, prepare_run_dir, stage_boot_files,
+    check_memory_room, create_ram_file, give, prepare_run_dir, stage_boot_files,
 };
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -89,7 +89,6 @@ fn place(machine: &str, more: &str) -> Place {
     prepare_run_dir(&run_dir, UID, UID).unwrap();
     let mut paths = VmPaths::new(&spec, &run_dir, ram.path()).unwrap();
     stage_boot_files(&mut paths, UID, UID).unwrap();
-    check_disks(&spec).unwrap();
     check_memory_room(ram.path(), spec.memory.get()).unwrap();
     create_ram_file(&paths.ram_file, spec.memory.get(), UID, UID).unwrap();
     let mut nbd = Vec::new();
@@ -184,18 +183,12 @@ impl Qmp {
 fn every_machine_takes_the_line_on_both_sides_and_may_be_mirrored() {
     let host = find_qemu(QEMU).unwrap();
     for (machine, devices) in [
-        (
-            "microvm",
-            "[\"virtio-rng-device\", \"virtio-balloon-device\"]",
-        ),
+        ("microvm", "[\"virtio-rng-device\"]"),
         (
             "q35",
             "[\"virtio-rng-pci\", \"virtio-serial-pci\", \"i6300esb\"]",
         ),
-        (
-            "pc",
-            "[\"virtio-rng-pci\", \"virtio-balloon-pci\", \"virtio-gpu-pci\"]",
-        ),
+        ("pc", "[\"virtio-rng-pci\", \"virtio-gpu-pci\"]"),
     ] {
         for side in [Side::Primary, Side::Standby] {
             let place = place(machine, &format!("devices = {devices}"));
@@ -403,34 +396,4 @@ fn too_little_room_says_how_much_is_missing() {
         .unwrap_err()
         .to_string();
     assert!(said.starts_with("/proc is not a tmpfs"), "{said}");
-}
-
-#[test]
-fn a_missing_and_a_small_disk_are_told() {
-    let dir = tempfile::tempdir().unwrap();
-    let spec = spec(dir.path(), "q35", "");
-    let path = &spec.disks[0].path;
-    std::fs::File::options()
-        .write(true)
-        .open(path)
-        .unwrap()
-        .set_len(4096)
-        .unwrap();
-    assert_eq!(
-        check_disks(&spec).unwrap_err().to_string(),
-        format!(
-            "disk `root`: {0} has 4 KiB, the spec says 1 MiB: enlarge it (truncate -s 1048576 {0}) or \
-             correct `size`",
-            path.display()
-        )
-    );
-    std::fs::remove_file(path).unwrap();
-    assert_eq!(
-        check_disks(&spec).unwrap_err().to_string(),
-        format!(
-            "disk `root`: cannot open {}: No such file or directory (os error 2); create it (truncate -s \
-             SIZE PATH) or correct `path`",
-            path.display()
-        )
-    );
 }

@@ -1,5 +1,5 @@
 //! Time of one epoch from the first page to its acknowledgement, over loopback, and
-//! where it goes: `cargo run --release -p pollux-interconnect --example epoch_latency`.
+//! where it goes: `cargo run --release -p pollux-interconnect --example epoch_latency [WORKERS [adaptive|raw [PAGES]]]`.
 //!
 //! Both sides run in this process on one runtime each; on a machine with few cores
 //! they compete, so two hosts do better than this.
@@ -18,7 +18,6 @@ use std::time::{Duration, Instant};
 
 const VM: VmId = VmId([1; 16]);
 const GENERATION: Generation = Generation(1);
-const PAGES: u64 = 200;
 const EPOCHS: u64 = 2000;
 const WARM_UP: u64 = 200;
 
@@ -66,6 +65,7 @@ fn runtime(threads: usize) -> std::io::Result<tokio::runtime::Runtime> {
 fn main() -> Main<()> {
     let threads = std::env::args().nth(1).map_or(Ok(1), |n| n.parse())?;
     let raw = std::env::args().nth(2).is_some_and(|mode| mode == "raw");
+    let page_count = std::env::args().nth(3).map_or(Ok(200), |n| n.parse())?;
     let mode = if raw {
         CompressMode::Raw
     } else {
@@ -109,7 +109,7 @@ fn main() -> Main<()> {
     let (report_tx, report_rx) = mpsc::channel();
     let standby_link = b.clone();
     std::thread::spawn(move || {
-        let guest_pages = PAGES * 10;
+        let guest_pages = page_count * 10;
         let mut assembler =
             EpochAssembler::new(guest_pages, EpochLimits::for_guest(guest_pages, vec![]));
         assembler.expect(VM, GENERATION, Epoch(1));
@@ -135,14 +135,14 @@ fn main() -> Main<()> {
 
     let lane = a.open_epoch_lane(VM, GENERATION)?;
     let mut writer = EpochWriter::new(VM, GENERATION, mode);
-    let pages: Vec<(u64, Page)> = (0..PAGES).map(|n| (n * 7, page(n))).collect();
+    let pages: Vec<(u64, Page)> = (0..page_count).map(|n| (n * 7, page(n))).collect();
     let state = Bytes::from(
         (0..34_000u32)
             .map(|n| n.to_le_bytes()[1])
             .collect::<Vec<u8>>(),
     );
     let meta = EpochMeta {
-        guest_pages: PAGES * 10,
+        guest_pages: page_count * 10,
         ..EpochMeta::default()
     };
     let names = [
@@ -188,7 +188,7 @@ fn main() -> Main<()> {
         }
     }
     println!(
-        "{PAGES} pages, {mode:?}, {wire_bytes} bytes in frames, {threads} worker(s) a side; µs p50 / p90 / p99"
+        "{page_count} pages, {mode:?}, {wire_bytes} bytes in frames, {threads} worker(s) a side; µs p50 / p90 / p99"
     );
     for (name, times) in names.iter().zip(&mut parts) {
         println!(

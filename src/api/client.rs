@@ -24,7 +24,9 @@ pub struct Client {
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens.
-    #[error("no daemon answers at {socket}: {source}; start one with `pollux daemon`, or name its socket with --api")]
+    #[error(
+        "no daemon answers at {socket}: {source}; start one with `pollux daemon`, or name its socket with --api"
+    )]
     Connect {
         /// The socket.
         socket: PathBuf,
@@ -52,7 +54,9 @@ impl Client {
     /// A client of the daemon at `socket`.
     #[must_use]
     pub fn new(socket: &Path) -> Self {
-        Self { socket: socket.into() }
+        Self {
+            socket: socket.into(),
+        }
     }
 
     /// Ask for `path`.
@@ -123,10 +127,14 @@ impl Client {
     ) -> Result<(hyper::StatusCode, Bytes), ClientError> {
         let stream = tokio::net::UnixStream::connect(&self.socket)
             .await
-            .map_err(|source| ClientError::Connect { socket: self.socket.clone(), source })?;
+            .map_err(|source| ClientError::Connect {
+                socket: self.socket.clone(),
+                source,
+            })?;
         let broken = |e: &dyn std::fmt::Display| self.broken(method, path, e.to_string());
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| broken(&e))?;
         let driver = tokio::spawn(connection);
         let request = Request::builder()
             .method(method.clone())

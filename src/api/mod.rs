@@ -1,9 +1,9 @@
 //! HTTP+JSON on a unix socket: the one way to ask a daemon anything.
 //!
-//! [`types`] is what crosses it, [`server`] answers, [`client`] asks.
+//! [`types`] is what crosses it, [`client`] asks; the daemon answers. Whoever stands
+//! outside a daemon (commands, lab, drills) knows this room and nothing of the daemon.
 
 pub mod client;
-pub mod server;
 pub mod types;
 
 /// Where a daemon listens unless its configuration says otherwise.

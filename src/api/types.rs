@@ -3,6 +3,7 @@
 
 use crate::pool::HostName;
 use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
 
 /// A refusal or failure: what failed, on what, and what to do.
 #[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
@@ -156,8 +157,15 @@ impl Percentiles {
         }
         samples.sort_unstable();
         let last = samples.len() - 1;
-        let at = |percent: usize| samples[(samples.len() * percent).div_ceil(100).clamp(1, last + 1) - 1];
-        Self { p50: at(50), p90: at(90), p99: at(99), max: samples[last] }
+        let at = |percent: usize| {
+            samples[(samples.len() * percent).div_ceil(100).clamp(1, last + 1) - 1]
+        };
+        Self {
+            p50: at(50),
+            p90: at(90),
+            p99: at(99),
+            max: samples[last],
+        }
     }
 }
 
@@ -234,8 +242,51 @@ pub struct Event {
     pub what: String,
 }
 
-/// A pinned partner and its links.
-pub use crate::daemon::config::{LINK_PORT, LinkAddrs, LinkConfig};
+/// A partner host, as `pollux link create` pinned it; one file in `state_dir/links`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkConfig {
+    /// The partner's name.
+    pub partner: HostName,
+    /// The partner's fingerprint, `sha256:` and 64 hex digits.
+    pub fingerprint: String,
+    /// The physical links, best first.
+    pub links: Vec<LinkAddrs>,
+}
+
+/// UDP port of a link unless told otherwise; heartbeats use the one above.
+pub const LINK_PORT: u16 = 7_443;
+
+/// The two ends of one physical link. Heartbeats use the port above each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkAddrs {
+    /// Address and UDP port on this host.
+    pub local: SocketAddr,
+    /// Address and UDP port on the partner.
+    pub peer: SocketAddr,
+}
+
+impl LinkAddrs {
+    /// The same link as the partner writes it.
+    #[must_use]
+    pub const fn mirrored(self) -> Self {
+        Self {
+            local: self.peer,
+            peer: self.local,
+        }
+    }
+
+    /// The heartbeat sockets' addresses: one port above the link's.
+    #[must_use]
+    pub fn heartbeat(self) -> Self {
+        let up = |a: SocketAddr| SocketAddr::new(a.ip(), a.port().wrapping_add(1));
+        Self {
+            local: up(self.local),
+            peer: up(self.peer),
+        }
+    }
+}
 
 /// `POST /v1/vms`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -244,6 +295,13 @@ pub struct CreateVm {
     pub spec: String,
     /// Name of the file it came from, for errors.
     pub origin: String,
+}
+
+/// `POST /v1/vms/NAME/start`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Start {
+    /// Start from this host's disks although another host may hold newer writes.
+    pub force: bool,
 }
 
 /// `POST /v1/vms/NAME/protect`.
@@ -267,8 +325,24 @@ mod tests {
     #[test]
     fn nearest_rank() {
         let mut v: Vec<u64> = (1..=100).rev().collect();
-        assert_eq!(Percentiles::of(&mut v), Percentiles { p50: 50, p90: 90, p99: 99, max: 100 });
-        assert_eq!(Percentiles::of(&mut [7]), Percentiles { p50: 7, p90: 7, p99: 7, max: 7 });
+        assert_eq!(
+            Percentiles::of(&mut v),
+            Percentiles {
+                p50: 50,
+                p90: 90,
+                p99: 99,
+                max: 100
+            }
+        );
+        assert_eq!(
+            Percentiles::of(&mut [7]),
+            Percentiles {
+                p50: 7,
+                p90: 7,
+                p99: 7,
+                max: 7
+            }
+        );
         assert_eq!(Percentiles::of(&mut []), Percentiles::default());
     }
 }

@@ -83,7 +83,9 @@ impl From<Kind> for DrillKind {
 }
 
 fn time_of_day() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
 }
 
 fn lab_name(what: &str) -> String {
@@ -111,7 +113,11 @@ pub(super) fn run(command: DrillCommand, json: bool) -> anyhow::Result<ExitCode>
             mem_pages_s: run.mem_pages,
             net: run.net,
         },
-        service: if run.redis { Service::Redis } else { Service::Counter },
+        service: if run.redis {
+            Service::Redis
+        } else {
+            Service::Counter
+        },
         seed: run.seed.unwrap_or_else(time_of_day),
         audit: !run.no_audit,
         json,
@@ -140,7 +146,12 @@ pub(super) fn demo(json: bool) -> anyhow::Result<ExitCode> {
     let spec = DrillSpec {
         kind: DrillKind::KillHost,
         repeat: 1,
-        load: Load { clients: 2, disk_iops: 200, mem_pages_s: 2000, net: false },
+        load: Load {
+            clients: 2,
+            disk_iops: 200,
+            mem_pages_s: 2000,
+            net: false,
+        },
         service: Service::Counter,
         seed: time_of_day(),
         audit: true,

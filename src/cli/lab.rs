@@ -54,7 +54,6 @@ pub(super) enum LabCommand {
     },
 }
 
-
 pub(super) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
     match command {
         LabCommand::Up { name, hosts, links } => {
@@ -64,7 +63,11 @@ pub(super) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
             } else {
                 println!("lab {name} is up in {}", lab.plan().dir.display());
                 for net in &lab.plan().hosts {
-                    println!("  host {}: pollux --api {} status", net.name, net.api_socket.display());
+                    println!(
+                        "  host {}: pollux --api {} status",
+                        net.name,
+                        net.api_socket.display()
+                    );
                 }
             }
         }

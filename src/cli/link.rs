@@ -25,7 +25,11 @@ pub(super) enum LinkCommand {
         #[arg(long, value_name = "SOCKET", conflicts_with_all = ["partner", "fingerprint"])]
         partner_api: Option<PathBuf>,
         /// The partner's name.
-        #[arg(long, requires = "fingerprint", required_unless_present = "partner_api")]
+        #[arg(
+            long,
+            requires = "fingerprint",
+            required_unless_present = "partner_api"
+        )]
         partner: Option<crate::pool::HostName>,
         /// The partner's fingerprint.
         #[arg(long, requires = "partner")]
@@ -50,19 +54,30 @@ impl FromStr for LinkPair {
         let (local, peer) = text
             .split_once('=')
             .ok_or_else(|| format!("`{text}` is not LOCAL=PEER, like 10.78.0.1=10.78.0.2"))?;
-        Ok(Self(LinkAddrs { local: address(local)?, peer: address(peer)? }))
+        Ok(Self(LinkAddrs {
+            local: address(local)?,
+            peer: address(peer)?,
+        }))
     }
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse::<SocketAddr>()
-        .or_else(|_| text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, LINK_PORT)))
+        .or_else(|_| {
+            text.parse::<IpAddr>()
+                .map(|ip| SocketAddr::new(ip, LINK_PORT))
+        })
         .map_err(|_| format!("`{text}` is not an IP address, with or without a port"))
 }
 
 pub(super) fn run(command: LinkCommand, client: &Client, json: bool) -> anyhow::Result<()> {
     match command {
-        LinkCommand::Create { links, partner_api, partner, fingerprint } => {
+        LinkCommand::Create {
+            links,
+            partner_api,
+            partner,
+            fingerprint,
+        } => {
             let links: Vec<LinkAddrs> = links.into_iter().map(|l| l.0).collect();
             match (partner_api, partner, fingerprint) {
                 (Some(socket), _, _) => {
@@ -73,7 +88,11 @@ pub(super) fn run(command: LinkCommand, client: &Client, json: bool) -> anyhow::
                     println!("{} {}\n{} {}", a.name, a.fingerprint, b.name, b.fingerprint);
                 }
                 (None, Some(partner), Some(fingerprint)) => {
-                    let link = LinkConfig { partner, fingerprint, links };
+                    let link = LinkConfig {
+                        partner,
+                        fingerprint,
+                        links,
+                    };
                     let _: Done = block(client.post("/v1/links", &link))?;
                     let info: HostInfo = block(client.get("/v1/host"))?;
                     if json {
@@ -108,10 +127,21 @@ pub(super) fn run(command: LinkCommand, client: &Client, json: bool) -> anyhow::
 }
 
 fn line(link: &LinkConfig, status: Option<&PartnerStatus>) -> String {
-    let addresses: Vec<String> =
-        link.links.iter().map(|l| format!("{} - {}", l.local, l.peer)).collect();
-    let stands = status.map_or("unknown", |s| if s.connected { "connected" } else { "down" });
-    format!("{}  {stands}  {}  {}", link.partner, addresses.join(", "), link.fingerprint)
+    let addresses: Vec<String> = link
+        .links
+        .iter()
+        .map(|l| format!("{} - {}", l.local, l.peer))
+        .collect();
+    let stands = status.map_or(
+        "unknown",
+        |s| if s.connected { "connected" } else { "down" },
+    );
+    format!(
+        "{}  {stands}  {}  {}",
+        link.partner,
+        addresses.join(", "),
+        link.fingerprint
+    )
 }
 
 #[cfg(test)]

@@ -24,7 +24,12 @@ use std::process::ExitCode;
 ///
 /// First steps on one machine: `pollux demo` shows a failover of a real VM in a lab.
 #[derive(Parser)]
-#[command(name = "pollux", version, propagate_version = true, max_term_width = 100)]
+#[command(
+    name = "pollux",
+    version,
+    propagate_version = true,
+    max_term_width = 100
+)]
 struct Cli {
     /// The daemon's API socket.
     #[arg(long, global = true, env = "POLLUX_API", default_value = crate::api::DEFAULT_SOCKET)]
@@ -117,11 +122,19 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Status => {
             let status: HostStatus = block(client.get("/v1/status"))?;
-            if json { print_json(&status)? } else { print!("{}", show::host_status(&status)) }
+            if json {
+                print_json(&status)?
+            } else {
+                print!("{}", show::host_status(&status))
+            }
         }
         Command::Host(HostCommand::Show) => {
             let info: crate::api::types::HostInfo = block(client.get("/v1/host"))?;
-            if json { print_json(&info)? } else { print!("{}", show::host_info(&info)) }
+            if json {
+                print_json(&info)?
+            } else {
+                print!("{}", show::host_info(&info))
+            }
         }
         Command::Vm(command) => vm::run(command, &client, json)?,
         Command::Link(command) => link::run(command, &client, json)?,
@@ -138,7 +151,10 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 fn log_to_stderr(default: &str) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
 }
 
 fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {

@@ -19,7 +19,10 @@ pub(super) fn host_info(info: &HostInfo) -> String {
     let _ = writeln!(out, "fingerprint  {}", info.fingerprint);
     let _ = writeln!(out, "pollux       {}", info.version);
     let _ = writeln!(out, "QEMU         {}", info.qemu);
-    let mirror = info.cannot_mirror.as_deref().map_or("yes".into(), |why| format!("no: {why}"));
+    let mirror = info
+        .cannot_mirror
+        .as_deref()
+        .map_or("yes".into(), |why| format!("no: {why}"));
     let _ = writeln!(out, "can mirror   {mirror}");
     out
 }
@@ -33,10 +36,22 @@ pub(super) fn host_status(status: &HostStatus) -> String {
         out.push_str("no partners; make a link with `pollux link create`\n");
     }
     for p in &status.partners {
-        let session = if p.connected { "connected" } else { "not connected" };
-        let heard = p.heard_us_ago.map_or("never heard".into(), |us| format!("heard {} ago", micros(us)));
-        let rtt = p.rtt_us.map_or(String::new(), |us| format!(", round trip {}", micros(us)));
-        let _ = writeln!(out, "partner {}: {session}, {}, {heard}{rtt}", p.name, p.verdict);
+        let session = if p.connected {
+            "connected"
+        } else {
+            "not connected"
+        };
+        let heard = p.heard_us_ago.map_or("never heard".into(), |us| {
+            format!("heard {} ago", micros(us))
+        });
+        let rtt = p
+            .rtt_us
+            .map_or(String::new(), |us| format!(", round trip {}", micros(us)));
+        let _ = writeln!(
+            out,
+            "partner {}: {session}, {}, {heard}{rtt}",
+            p.name, p.verdict
+        );
         if let Some(e) = p.last_error.as_ref().filter(|_| !p.connected) {
             let _ = writeln!(out, "  {e}");
         }
@@ -62,7 +77,10 @@ pub(super) fn vm_table(vms: &[VmStatus]) -> String {
             Role::Standby => "standby",
             Role::Stopped => "-",
         };
-        let lag = vm.lag_us.filter(|_| vm.role == Role::Primary).map_or("-".into(), micros);
+        let lag = vm
+            .lag_us
+            .filter(|_| vm.role == Role::Primary)
+            .map_or("-".into(), micros);
         let _ = writeln!(
             out,
             "{:<16} {:<8} {:<14} {:<10} {:>4} {:>9} {:>9} {:>7}",
@@ -130,7 +148,9 @@ pub(super) fn vm_details(vm: &VmStatus) -> String {
         row(&mut out, "replication lag", e.lag_us, micros);
         row(&mut out, "epoch length", e.length_us, micros);
         row(&mut out, "dirty pages", e.pages, |n| n.to_string());
-        row(&mut out, "bytes on the wire", e.wire_bytes, |n| n.to_string());
+        row(&mut out, "bytes on the wire", e.wire_bytes, |n| {
+            n.to_string()
+        });
     }
     if let Some(f) = &vm.last_failover {
         let span = |from: u64, to: u64| micros(to.saturating_sub(from) / 1000);
@@ -161,7 +181,14 @@ mod tests {
 
     #[test]
     fn durations_read_well() {
-        let shown: Vec<_> = [0, 999, 1_234, 9_999, 12_345, 9_999_999, 12_000_000].map(micros).into();
-        assert_eq!(shown, ["0 us", "999 us", "1.23 ms", "9.99 ms", "12 ms", "9999 ms", "12 s"]);
+        let shown: Vec<_> = [0, 999, 1_234, 9_999, 12_345, 9_999_999, 12_000_000]
+            .map(micros)
+            .into();
+        assert_eq!(
+            shown,
+            [
+                "0 us", "999 us", "1.23 ms", "9.99 ms", "12 ms", "9999 ms", "12 s"
+            ]
+        );
     }
 }

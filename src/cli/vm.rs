@@ -2,7 +2,7 @@
 
 use super::{print_json, show};
 use crate::api::client::{Client, block};
-use crate::api::types::{CreateVm, Done, Protect, Role, VmStatus};
+use crate::api::types::{CreateVm, Done, Protect, Role, Start, VmStatus};
 use crate::pool::HostName;
 use anyhow::{Context, bail};
 use clap::Subcommand;
@@ -10,26 +10,29 @@ use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+const CREATE_HELP: &str = "\
+Take in a VM from its spec; it does not start yet. A spec is TOML:
+
+  name = \"orders\"
+  uuid = \"6f1c0a52-3f0e-4b0c-9a39-3d6a2c1f6f11\"
+  memory = \"512 MiB\"
+  vcpus = 2
+  boot = \"disk\"
+  protection = \"mirrored\"
+  [[disk]]
+  name = \"root\"
+  path = \"orders.raw\"
+  size = \"8 GiB\"
+  [[nic]]
+  name = \"lan\"
+  bridge = \"br0\"
+
+A relative path of a disk starts at the host's image folder, STATE_DIR/images.";
+
 #[derive(Subcommand)]
 pub(super) enum VmCommand {
     /// Take in a VM from its spec; it does not start yet.
-    ///
-    /// A spec is TOML:
-    ///
-    ///   name = "orders"
-    ///   uuid = "6f1c0a52-3f0e-4b0c-9a39-3d6a2c1f6f11"
-    ///   memory = "512 MiB"
-    ///   vcpus = 2
-    ///   boot = "disk"
-    ///   protection = "mirrored"
-    ///   [[disk]]
-    ///   name = "root"
-    ///   path = "orders.raw"
-    ///   size = "8 GiB"
-    ///   [[nic]]
-    ///   name = "lan"
-    ///   bridge = "br0"
-    #[command(verbatim_doc_comment)]
+    #[command(long_about = CREATE_HELP)]
     Create {
         /// The spec's file; - for standard input.
         spec: PathBuf,
@@ -43,6 +46,10 @@ pub(super) enum VmCommand {
     Start {
         /// Name or uuid.
         name: String,
+        /// Start from this host's disks although another host held a standby or ran it
+        /// last, and may have newer writes: they are given up. For the loss of both hosts.
+        #[arg(long)]
+        force: bool,
     },
     /// Power a VM off, as pulling its plug would; shut it down inside first.
     Stop {
@@ -94,7 +101,9 @@ pub(super) fn run(command: VmCommand, client: &Client, json: bool) -> anyhow::Re
         VmCommand::Create { spec } => {
             let (text, origin) = if spec.as_os_str() == "-" {
                 let mut text = String::new();
-                std::io::stdin().read_to_string(&mut text).context("cannot read the spec")?;
+                std::io::stdin()
+                    .read_to_string(&mut text)
+                    .context("cannot read the spec")?;
                 (text, "standard input".to_owned())
             } else {
                 let text = std::fs::read_to_string(&spec)
@@ -108,23 +117,39 @@ pub(super) fn run(command: VmCommand, client: &Client, json: bool) -> anyhow::Re
             let done: Done = block(client.delete(&format!("/v1/vms/{name}")))?;
             report(&done, json)
         }
-        VmCommand::Start { name } => simple(client, &name, "start", json),
+        VmCommand::Start { name, force } => {
+            let done: Done =
+                block(client.post(&format!("/v1/vms/{name}/start"), &Start { force }))?;
+            report(&done, json)
+        }
         VmCommand::Stop { name } => simple(client, &name, "stop", json),
         VmCommand::Unprotect { name } => simple(client, &name, "unprotect", json),
         VmCommand::Switchover { name } => simple(client, &name, "switchover", json),
         VmCommand::List => {
             let vms: Vec<VmStatus> = block(client.get("/v1/vms"))?;
-            if json { print_json(&vms) } else { out(&show::vm_table(&vms)) }
+            if json {
+                print_json(&vms)
+            } else {
+                out(&show::vm_table(&vms))
+            }
         }
         VmCommand::Show { name } => {
             let vm: VmStatus = block(client.get(&format!("/v1/vms/{name}")))?;
-            if json { print_json(&vm) } else { out(&show::vm_details(&vm)) }
+            if json {
+                print_json(&vm)
+            } else {
+                out(&show::vm_details(&vm))
+            }
         }
         VmCommand::Spec { name } => {
             let spec: String = block(client.get(&format!("/v1/vms/{name}/spec")))?;
             if json { print_json(&spec) } else { out(&spec) }
         }
-        VmCommand::Protect { name, partner, wait } => {
+        VmCommand::Protect {
+            name,
+            partner,
+            wait,
+        } => {
             let done: Done =
                 block(client.post(&format!("/v1/vms/{name}/protect"), &Protect { partner }))?;
             if let Some(seconds) = wait {
@@ -167,7 +192,10 @@ fn wait_mirrored(client: &Client, name: &str, limit: Duration, json: bool) -> an
         let vm: VmStatus = block(client.get(&format!("/v1/vms/{name}")))?;
         if vm.mirrored {
             if progress {
-                eprintln!("\rmirrored after {:.1} s                    ", begun.elapsed().as_secs_f64());
+                eprintln!(
+                    "\rmirrored after {:.1} s                    ",
+                    begun.elapsed().as_secs_f64()
+                );
             }
             return Ok(());
         }
@@ -175,8 +203,14 @@ fn wait_mirrored(client: &Client, name: &str, limit: Duration, json: bool) -> an
             bail!("VM `{name}` does not run here any more; see `pollux vm show {name}`");
         }
         if begun.elapsed() > limit {
-            let why = vm.warnings.first().map_or(vm.state.as_str(), String::as_str);
-            bail!("VM `{name}` is not mirrored after {} s: {why}", limit.as_secs());
+            let why = vm
+                .warnings
+                .first()
+                .map_or(vm.state.as_str(), String::as_str);
+            bail!(
+                "VM `{name}` is not mirrored after {} s: {why}",
+                limit.as_secs()
+            );
         }
         if progress {
             match &vm.seeding {

@@ -13,8 +13,16 @@ const QUEUE_MAX: usize = 1024;
 pub type Reply = Box<dyn FnOnce(ClaimOutcome) + Send>;
 
 enum Op {
-    Read { vm: VmId, reply: Reply },
-    Claim { vm: VmId, expected: Option<u64>, value: VmRecord, reply: Reply },
+    Read {
+        vm: VmId,
+        reply: Reply,
+    },
+    Claim {
+        vm: VmId,
+        expected: Option<u64>,
+        value: VmRecord,
+        reply: Reply,
+    },
 }
 
 /// The way to the registry thread. Cheap to clone.
@@ -30,7 +38,9 @@ impl Claims {
     /// If no thread can be started.
     pub fn start(registry: Box<dyn Registry>) -> std::io::Result<Self> {
         let (ops, inbox) = sync_channel(QUEUE_MAX);
-        std::thread::Builder::new().name("registry".into()).spawn(move || serve(registry, &inbox))?;
+        std::thread::Builder::new()
+            .name("registry".into())
+            .spawn(move || serve(registry, &inbox))?;
         Ok(Self { ops })
     }
 
@@ -41,7 +51,12 @@ impl Claims {
 
     /// Compare-and-set a VM's record; `expected` None means that there must be none.
     pub fn claim(&self, vm: VmId, expected: Option<u64>, value: VmRecord, reply: Reply) {
-        self.put(Op::Claim { vm, expected, value, reply });
+        self.put(Op::Claim {
+            vm,
+            expected,
+            value,
+            reply,
+        });
     }
 
     /// As [`Claims::read`], waiting for the outcome. Not from a tokio task.
@@ -59,9 +74,10 @@ impl Claims {
     fn put(&self, op: Op) {
         let (op, reason) = match self.ops.try_send(op) {
             Ok(()) => return,
-            Err(TrySendError::Full(op)) => {
-                (op, format!("{QUEUE_MAX} operations already wait for the registry"))
-            }
+            Err(TrySendError::Full(op)) => (
+                op,
+                format!("{QUEUE_MAX} operations already wait for the registry"),
+            ),
             Err(TrySendError::Disconnected(op)) => (op, "the registry thread has ended".into()),
         };
         let (Op::Read { reply, .. } | Op::Claim { reply, .. }) = op;
@@ -86,19 +102,30 @@ fn serve(mut registry: Box<dyn Registry>, inbox: &Receiver<Op>) {
                 Ok(found) => found_record(found),
                 Err(e) => unreachable_because(&e),
             }),
-            Op::Claim { vm, expected, value, reply } => {
-                reply(match registry.compare_and_set(&record_key(vm), expected, &value.to_bytes()) {
-                    Ok(CasOutcome::Won { version }) => ClaimOutcome::Won(Versioned { version, value }),
-                    Ok(CasOutcome::Lost(found)) => found_record(found),
-                    Err(e) => unreachable_because(&e),
-                });
+            Op::Claim {
+                vm,
+                expected,
+                value,
+                reply,
+            } => {
+                reply(
+                    match registry.compare_and_set(&record_key(vm), expected, &value.to_bytes()) {
+                        Ok(CasOutcome::Won { version }) => {
+                            ClaimOutcome::Won(Versioned { version, value })
+                        }
+                        Ok(CasOutcome::Lost(found)) => found_record(found),
+                        Err(e) => unreachable_because(&e),
+                    },
+                );
             }
         }
     }
 }
 
 fn unreachable_because(e: &RegistryError) -> ClaimOutcome {
-    ClaimOutcome::Unreachable { reason: e.to_string() }
+    ClaimOutcome::Unreachable {
+        reason: e.to_string(),
+    }
 }
 
 /// A record that cannot be read is as good as no answer: nobody may act on it.
@@ -107,7 +134,9 @@ fn found_record(found: Option<Versioned<Vec<u8>>>) -> ClaimOutcome {
         None => ClaimOutcome::Lost(None),
         Some(Versioned { version, value }) => match VmRecord::from_bytes(&value) {
             Ok(value) => ClaimOutcome::Lost(Some(Versioned { version, value })),
-            Err(e) => ClaimOutcome::Unreachable { reason: e.to_string() },
+            Err(e) => ClaimOutcome::Unreachable {
+                reason: e.to_string(),
+            },
         },
     }
 }

@@ -3,7 +3,6 @@
 use crate::mirror::{Micros, Timing};
 use crate::pool::HostName;
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 /// What one host's daemon is told. Every path may be absolute or relative to the
@@ -42,46 +41,6 @@ pub struct HostConfig {
     /// Heartbeat period, in milliseconds.
     #[serde(default = "default_heartbeat_ms")]
     pub heartbeat_ms: u64,
-}
-
-/// A partner host, as `pollux link create` pinned it; one file in `state_dir/links`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LinkConfig {
-    /// The partner's name.
-    pub partner: HostName,
-    /// The partner's fingerprint, `sha256:` and 64 hex digits.
-    pub fingerprint: String,
-    /// The physical links, best first.
-    pub links: Vec<LinkAddrs>,
-}
-
-/// UDP port of a link unless told otherwise; heartbeats use the one above.
-pub const LINK_PORT: u16 = 7_443;
-
-/// The two ends of one physical link. Heartbeats use the port above each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LinkAddrs {
-    /// Address and UDP port on this host.
-    pub local: SocketAddr,
-    /// Address and UDP port on the partner.
-    pub peer: SocketAddr,
-}
-
-impl LinkAddrs {
-    /// The same link as the partner writes it.
-    #[must_use]
-    pub const fn mirrored(self) -> Self {
-        Self { local: self.peer, peer: self.local }
-    }
-
-    /// The heartbeat sockets' addresses: one port above the link's.
-    #[must_use]
-    pub fn heartbeat(self) -> Self {
-        let up = |a: SocketAddr| SocketAddr::new(a.ip(), a.port().wrapping_add(1));
-        Self { local: up(self.local), peer: up(self.peer) }
-    }
 }
 
 /// The user and group `nobody`/`nogroup` of Debian.
@@ -151,8 +110,10 @@ impl HostConfig {
     /// # Errors
     /// [`ConfigError`] with the file, the key and what to do.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.into(),
+            source,
+        })?;
         let mut config: Self = toml::from_str(&text).map_err(|e| ConfigError::Parse {
             path: path.into(),
             message: explain_toml(&text, &e),
@@ -175,10 +136,19 @@ impl HostConfig {
 
     fn check(&self, path: &Path) -> Result<(), ConfigError> {
         let bad = |key, value: String, reason| {
-            Err(ConfigError::Value { path: path.into(), key, value, reason })
+            Err(ConfigError::Value {
+                path: path.into(),
+                key,
+                value,
+                reason,
+            })
         };
         if self.heartbeat_ms == 0 || self.heartbeat_ms > 1000 {
-            return bad("heartbeat_ms", self.heartbeat_ms.to_string(), "must be 1 to 1000");
+            return bad(
+                "heartbeat_ms",
+                self.heartbeat_ms.to_string(),
+                "must be 1 to 1000",
+            );
         }
         if self.detection_ms < 3 * self.heartbeat_ms {
             return bad(
@@ -188,7 +158,11 @@ impl HostConfig {
             );
         }
         if self.qemu_uid == 0 {
-            return bad("qemu_uid", "0".into(), "QEMU must not run as root; name an unprivileged user id");
+            return bad(
+                "qemu_uid",
+                "0".into(),
+                "QEMU must not run as root; name an unprivileged user id",
+            );
         }
         Ok(())
     }
@@ -231,15 +205,18 @@ const KEYS: [&str; 10] = [
 
 /// One line: line number, what is wrong and, for an unknown key, the nearest known one.
 fn explain_toml(text: &str, error: &toml::de::Error) -> String {
-    let line = error
-        .span()
-        .map_or(1, |s| text.get(..s.start).map_or(1, |t| t.matches('\n').count() + 1));
+    let line = error.span().map_or(1, |s| {
+        text.get(..s.start)
+            .map_or(1, |t| t.matches('\n').count() + 1)
+    });
     let message = error.message();
     let hint = message
         .strip_prefix("unknown field `")
         .and_then(|rest| rest.split('`').next())
         .and_then(|key| {
-            KEYS.iter().chain(["heartbeat_ms"].iter()).min_by_key(|k| strsim::damerau_levenshtein(k, key))
+            KEYS.iter()
+                .chain(["heartbeat_ms"].iter())
+                .min_by_key(|k| strsim::damerau_levenshtein(k, key))
         });
     match hint {
         Some(near) => {
@@ -261,13 +238,19 @@ mod tests {
     #[test]
     fn unknown_key_names_the_nearest() {
         let e = parse("name = 'a'\nregistry_dir = 'r'\nstate_dri = 'x'\n").unwrap_err();
-        assert_eq!(e, "line 3: unknown field `state_dri`; did you mean `state_dir`?");
+        assert_eq!(
+            e,
+            "line 3: unknown field `state_dri`; did you mean `state_dir`?"
+        );
     }
 
     #[test]
     fn defaults_fill_in() {
         let c = parse("name = 'a'\nregistry_dir = 'r'\n").unwrap();
-        assert_eq!((c.detection_ms, c.heartbeat_ms, c.qemu_uid), (100, 10, 65_534));
+        assert_eq!(
+            (c.detection_ms, c.heartbeat_ms, c.qemu_uid),
+            (100, 10, 65_534)
+        );
         assert_eq!(c.timing(), crate::mirror::Timing::DEFAULT);
     }
 }

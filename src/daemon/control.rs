@@ -58,7 +58,9 @@ impl ControlMsg {
     /// As the payload of a control frame.
     #[must_use]
     pub fn to_bytes(&self) -> bytes::Bytes {
-        serde_json::to_vec(self).expect("a message of strings and numbers always serialises").into()
+        serde_json::to_vec(self)
+            .expect("a message of strings and numbers always serialises")
+            .into()
     }
 
     /// From the payload of a control frame.

@@ -109,10 +109,16 @@ mod tests {
         let mut figures = Figures::default();
         assert!(figures.summary().is_none());
         for i in 0..EPOCH_WINDOW as u64 + 10 {
-            figures.push(EpochSample { pause_us: i, ..EpochSample::default() });
+            figures.push(EpochSample {
+                pause_us: i,
+                ..EpochSample::default()
+            });
         }
         let s = figures.summary().unwrap();
-        assert_eq!((s.window, s.committed), (EPOCH_WINDOW as u64, EPOCH_WINDOW as u64 + 10));
+        assert_eq!(
+            (s.window, s.committed),
+            (EPOCH_WINDOW as u64, EPOCH_WINDOW as u64 + 10)
+        );
         assert_eq!(s.pause_us.max, EPOCH_WINDOW as u64 + 9);
         let mut log = EventLog::default();
         for i in 0..EVENTS_MAX as u64 + 5 {

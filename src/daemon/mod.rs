@@ -10,6 +10,7 @@ pub mod config;
 pub mod control;
 mod figures;
 mod host;
+mod http;
 mod partner;
 mod store;
 pub mod worker;
@@ -33,7 +34,10 @@ pub fn run(config_path: &Path) -> anyhow::Result<()> {
     let config = HostConfig::read(config_path)?;
     // SAFETY: setpriority takes plain numbers; threads started later inherit it.
     if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) } != 0 {
-        tracing::warn!("the daemon runs at ordinary priority: {}", std::io::Error::last_os_error());
+        tracing::warn!(
+            "the daemon runs at ordinary priority: {}",
+            std::io::Error::last_os_error()
+        );
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -50,7 +54,10 @@ async fn serve(host: Arc<Host>, socket: &Path) -> anyhow::Result<()> {
         std::fs::create_dir_all(folder)?;
     }
     if std::os::unix::net::UnixStream::connect(socket).is_ok() {
-        anyhow::bail!("another daemon answers at {}; stop it first", socket.display());
+        anyhow::bail!(
+            "another daemon answers at {}; stop it first",
+            socket.display()
+        );
     }
     match std::fs::remove_file(socket) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -64,15 +71,18 @@ async fn serve(host: Arc<Host>, socket: &Path) -> anyhow::Result<()> {
     std::fs::set_permissions(socket, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
     let name = host.info().name;
     tracing::info!(host = %name, api = %socket.display(), "ready");
-    let mut terminate =
-        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let end = async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = tokio::signal::ctrl_c() => {}
         }
     };
-    axum::serve(listener, crate::api::server::router(host)).with_graceful_shutdown(end).await?;
+    axum::serve(listener, http::router(Arc::clone(&host)))
+        .with_graceful_shutdown(end)
+        .await?;
+    tracing::info!(host = %name, "putting VMs away");
+    tokio::task::spawn_blocking(move || host.put_away()).await?;
     let _ = std::fs::remove_file(socket);
     tracing::info!(host = %name, "ended");
     Ok(())

@@ -2,9 +2,9 @@
 //! what comes from it to the workers.
 
 use super::clock::now_ns;
-use super::config::LinkConfig;
 use super::control::ControlMsg;
 use super::worker::{Peer, Routes, WorkerEvent};
+use crate::api::types::LinkConfig;
 use crate::api::types::PartnerStatus;
 use crate::mirror::Verdict;
 use crate::pool::{Generation, HostName, VmId};
@@ -59,8 +59,11 @@ impl Partner {
     /// What cannot be bound or understood.
     pub fn start(setup: PartnerSetup) -> Result<Self, String> {
         let name = setup.config.partner.clone();
-        let fingerprint =
-            setup.config.fingerprint.parse().map_err(|e| format!("link to {name}: {e}"))?;
+        let fingerprint = setup
+            .config
+            .fingerprint
+            .parse()
+            .map_err(|e| format!("link to {name}: {e}"))?;
         let acks = setup.routes.clone();
         let (interconnect, events) = Interconnect::start(
             PairConfig {
@@ -72,11 +75,20 @@ impl Partner {
                     .config
                     .links
                     .iter()
-                    .map(|l| LinkAddr { local: l.local, peer: l.peer })
+                    .map(|l| LinkAddr {
+                        local: l.local,
+                        peer: l.peer,
+                    })
                     .collect(),
                 settings: LinkSettings::default(),
                 on_ack: Some(Arc::new(move |frame: Frame| {
-                    let Frame { vm, generation, epoch, .. } = frame;
+                    let Frame {
+                        vm,
+                        generation,
+                        epoch,
+                        ..
+                    } = frame;
+                    tracing::debug!(%vm, %epoch, "acknowledged");
                     if !acks.send(vm, WorkerEvent::Acked { generation, epoch }) {
                         tracing::debug!(%vm, %epoch, "an acknowledgement for no worker");
                     }
@@ -96,7 +108,10 @@ impl Partner {
                 .links
                 .iter()
                 .map(|l| l.heartbeat())
-                .map(|l| HeartbeatLink { local: l.local, peer: l.peer })
+                .map(|l| HeartbeatLink {
+                    local: l.local,
+                    peer: l.peer,
+                })
                 .collect(),
             period: setup.period,
             detection: setup.detection,
@@ -121,7 +136,13 @@ impl Partner {
             .name("partner".into())
             .spawn(move || pump.run(events))
             .map_err(|e| format!("no thread for the partner's events: {e}"))?;
-        Ok(Self { config: setup.config, interconnect, heartbeat, refused, alive })
+        Ok(Self {
+            config: setup.config,
+            interconnect,
+            heartbeat,
+            refused,
+            alive,
+        })
     }
 
     /// As a worker sees it.
@@ -139,7 +160,11 @@ impl Partner {
     pub fn status(&self) -> PartnerStatus {
         let stats = self.interconnect.stats();
         let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
-        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let refused = self
+            .refused
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         PartnerStatus {
             name: self.config.partner.clone(),
             connected: stats.session.is_some(),
@@ -154,7 +179,12 @@ impl Partner {
 }
 
 /// Runs on the heartbeat thread: only hands on.
-fn on_verdict(routes: &Routes, partner: &HostName, verdict: detector::Verdict, age: Option<Duration>) {
+fn on_verdict(
+    routes: &Routes,
+    partner: &HostName,
+    verdict: detector::Verdict,
+    age: Option<Duration>,
+) {
     let age_ns = age.map_or(0, |a| u64::try_from(a.as_nanos()).unwrap_or(u64::MAX));
     let last_heard_ns = now_ns().saturating_sub(age_ns);
     let told = match verdict {
@@ -165,7 +195,11 @@ fn on_verdict(routes: &Routes, partner: &HostName, verdict: detector::Verdict, a
         }
         detector::Verdict::Unknown | detector::Verdict::Suspect => return,
     };
-    routes.send_all(|| WorkerEvent::Verdict { partner: partner.clone(), verdict: told, last_heard_ns });
+    routes.send_all(|| WorkerEvent::Verdict {
+        partner: partner.clone(),
+        verdict: told,
+        last_heard_ns,
+    });
 }
 
 /// Hands the interconnect's events to the workers.
@@ -191,18 +225,26 @@ impl Pump {
     fn event(&self, event: LinkEvent) {
         let partner = &self.partner;
         match event {
-            LinkEvent::Up { peer, heartbeat_key, .. } => {
+            LinkEvent::Up {
+                peer,
+                heartbeat_key,
+                ..
+            } => {
                 tracing::info!(%partner, version = peer.version, "interconnect up");
                 self.set_refused(None);
                 self.heartbeat.set_key(heartbeat_key);
-                self.routes.send_all(|| WorkerEvent::LinkUp(partner.clone()));
+                self.routes
+                    .send_all(|| WorkerEvent::LinkUp(partner.clone()));
             }
             LinkEvent::Down { reason, .. } => {
                 tracing::warn!(%partner, "interconnect down: {reason}");
-                self.routes.send_all(|| WorkerEvent::LinkDown(partner.clone(), reason.clone()));
+                self.routes
+                    .send_all(|| WorkerEvent::LinkDown(partner.clone(), reason.clone()));
             }
             LinkEvent::Control { frame, .. } => self.control(frame),
-            LinkEvent::EpochLane { vm, generation, rx, .. } => {
+            LinkEvent::EpochLane {
+                vm, generation, rx, ..
+            } => {
                 if !self.routes.send(vm, WorkerEvent::Lane { generation, rx }) {
                     tracing::warn!(%partner, %vm, "an epoch lane for a VM that has no standby here");
                 }

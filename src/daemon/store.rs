@@ -1,6 +1,6 @@
 //! What a host keeps across restarts: VM specs and pinned links, one small file each.
 
-use super::config::LinkConfig;
+use crate::api::types::LinkConfig;
 use crate::pool::HostName;
 use crate::pool::spec::VmSpec;
 use std::fs::{self, File};
@@ -23,7 +23,11 @@ pub struct StoreError {
 }
 
 fn failed(what: &'static str, path: &Path, reason: impl std::fmt::Display) -> StoreError {
-    StoreError { what, path: path.into(), reason: reason.to_string() }
+    StoreError {
+        what,
+        path: path.into(),
+        reason: reason.to_string(),
+    }
 }
 
 impl Store {
@@ -32,8 +36,11 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn open(state_dir: &Path) -> Result<Self, StoreError> {
-        let (vms, links, images) =
-            (state_dir.join("vms"), state_dir.join("links"), state_dir.join("images"));
+        let (vms, links, images) = (
+            state_dir.join("vms"),
+            state_dir.join("links"),
+            state_dir.join("images"),
+        );
         for dir in [&vms, &links, &images] {
             fs::create_dir_all(dir).map_err(|e| failed("create the folder", dir, e))?;
         }

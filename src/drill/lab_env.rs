@@ -68,7 +68,9 @@ impl Guest {
     /// If there is none.
     pub fn find_images() -> Result<PathBuf, EnvError> {
         let beside = std::env::current_exe().ok().and_then(|exe| {
-            let target = exe.ancestors().find(|p| p.file_name().is_some_and(|n| n == "target"))?;
+            let target = exe
+                .ancestors()
+                .find(|p| p.file_name().is_some_and(|n| n == "target"))?;
             Some(target.join("guest/current"))
         });
         let candidates = [
@@ -150,11 +152,19 @@ impl LabEnv {
     /// An environment whose lab will be called `name`.
     #[must_use]
     pub fn new(name: impl Into<String>, guest: Guest) -> Self {
-        Self { name: name.into(), guest, service: Service::Counter, lab: None, dark: None }
+        Self {
+            name: name.into(),
+            guest,
+            service: Service::Counter,
+            lab: None,
+            dark: None,
+        }
     }
 
     fn lab(&self) -> Result<&Lab, EnvError> {
-        self.lab.as_ref().ok_or_else(|| EnvError::new("using the lab", "it is not up"))
+        self.lab
+            .as_ref()
+            .ok_or_else(|| EnvError::new("using the lab", "it is not up"))
     }
 
     fn hosts(&self) -> Result<Vec<HostNet>, EnvError> {
@@ -162,7 +172,10 @@ impl LabEnv {
     }
 
     fn client(&self, host: &HostName) -> Result<Client, EnvError> {
-        let net = self.lab()?.host(host).map_err(|e| EnvError::new("finding a host", e))?;
+        let net = self
+            .lab()?
+            .host(host)
+            .map_err(|e| EnvError::new("finding a host", e))?;
         Ok(Client::new(&net.api_socket))
     }
 
@@ -186,7 +199,10 @@ impl LabEnv {
                 Ok(found) => return Ok(found),
                 Err(seen) if begun.elapsed() > limit => {
                     let step = format!("waiting {} s for {what}", limit.as_secs());
-                    return Err(EnvError::new(step, format!("{seen}; logs in {}", self.log_dir())));
+                    return Err(EnvError::new(
+                        step,
+                        format!("{seen}; logs in {}", self.log_dir()),
+                    ));
                 }
                 Err(_) => std::thread::sleep(POLL),
             }
@@ -194,7 +210,9 @@ impl LabEnv {
     }
 
     fn log_dir(&self) -> String {
-        self.lab.as_ref().map_or(String::new(), |l| l.plan().dir.display().to_string())
+        self.lab
+            .as_ref()
+            .map_or(String::new(), |l| l.plan().dir.display().to_string())
     }
 
     /// One line to the guest's service, one line back.
@@ -204,7 +222,10 @@ impl LabEnv {
     pub fn ask_guest(&self, line: &str) -> Result<String, EnvError> {
         let step = format!("asking the guest `{line}`");
         let error = |e: &dyn std::fmt::Display| EnvError::new(step.clone(), e.to_string());
-        let place = self.lab()?.place_fd(&Place::Outside).map_err(|e| error(&e))?;
+        let place = self
+            .lab()?
+            .place_fd(&Place::Outside)
+            .map_err(|e| error(&e))?;
         let answer = in_network(place.as_fd(), || -> std::io::Result<String> {
             let mut stream = TcpStream::connect_timeout(&SocketAddr::from((GUEST, 7000)), ANSWER)?;
             stream.set_read_timeout(Some(ANSWER))?;
@@ -220,8 +241,9 @@ impl LabEnv {
     /// The host that runs the VM, and its view.
     fn primary(&mut self) -> Result<VmView, String> {
         let views = self.views().map_err(|e| e.to_string())?;
-        let mut running =
-            views.into_iter().filter(|v| matches!(v.role, Role::Primary | Role::Solo));
+        let mut running = views
+            .into_iter()
+            .filter(|v| matches!(v.role, Role::Primary | Role::Solo));
         match (running.next(), running.next()) {
             (Some(view), None) => Ok(view),
             (None, _) => Err("no host runs the VM".into()),
@@ -247,14 +269,22 @@ impl DrillEnv for LabEnv {
             .and_then(|f| f.set_len(DISK_BYTES))
             .map_err(|e| EnvError::new(format!("making the disk {}", image.display()), e))?;
         let client = Client::new(&net.api_socket);
-        let create = CreateVm { spec: self.guest.spec(setting), origin: "drill".into() };
+        let create = CreateVm {
+            spec: self.guest.spec(setting),
+            origin: "drill".into(),
+        };
         let _: Done = block(client.post("/v1/vms", &create)).map_err(refused("creating the VM"))?;
-        let _: Done = block(client.post(&format!("/v1/vms/{VM_NAME}/start"), &()))
-            .map_err(refused("starting the VM"))?;
-        self.wait("the guest to answer", limit, |env| match env.ask_guest("PING") {
-            Ok(answer) if answer == "PONG" => Ok(()),
-            Ok(other) => Err(format!("it answered `{other}`")),
-            Err(e) => Err(e.to_string()),
+        let _: Done = block(client.post(
+            &format!("/v1/vms/{VM_NAME}/start"),
+            &types::Start::default(),
+        ))
+        .map_err(refused("starting the VM"))?;
+        self.wait("the guest to answer", limit, |env| {
+            match env.ask_guest("PING") {
+                Ok(answer) if answer == "PONG" => Ok(()),
+                Ok(other) => Err(format!("it answered `{other}`")),
+                Err(e) => Err(e.to_string()),
+            }
         })
     }
 
@@ -264,7 +294,10 @@ impl DrillEnv for LabEnv {
         let mut argv = vec![program.into_os_string()];
         argv.extend_from_slice(args);
         let mut command: Command = self.lab()?.command(&Place::Outside, &argv);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit());
         let mut child = command.spawn().map_err(|e| EnvError::new(step, e))?;
         match (child.stdin.take(), child.stdout.take()) {
             (Some(input), Some(output)) => Ok(ClientPipes {
@@ -277,11 +310,13 @@ impl DrillEnv for LabEnv {
     }
 
     fn protect(&mut self) -> Result<(), EnvError> {
-        let view = self.primary().map_err(|e| EnvError::new("protecting the VM", e))?;
-        let _: Done = block(
-            self.client(&view.host)?
-                .post(&format!("/v1/vms/{VM_NAME}/protect"), &Protect { partner: None }),
-        )
+        let view = self
+            .primary()
+            .map_err(|e| EnvError::new("protecting the VM", e))?;
+        let _: Done = block(self.client(&view.host)?.post(
+            &format!("/v1/vms/{VM_NAME}/protect"),
+            &Protect { partner: None },
+        ))
         .map_err(refused("protecting the VM"))?;
         Ok(())
     }
@@ -293,7 +328,10 @@ impl DrillEnv for LabEnv {
                 Ok(view)
             } else {
                 let last = view.events.last().map_or("", |e| e.text.as_str());
-                Err(format!("on host {} it is {}; last event: {last}", view.host, view.state))
+                Err(format!(
+                    "on host {} it is {}; last event: {last}",
+                    view.host, view.state
+                ))
             }
         })
     }
@@ -330,7 +368,8 @@ impl DrillEnv for LabEnv {
             DrillKind::Switchover => {
                 let at = MonotonicNs::now();
                 let _: Done = block(
-                    self.client(primary)?.post(&format!("/v1/vms/{VM_NAME}/switchover"), &()),
+                    self.client(primary)?
+                        .post(&format!("/v1/vms/{VM_NAME}/switchover"), &()),
                 )
                 .map_err(|e| EnvError::new(step, e))?;
                 return Ok(at);
@@ -358,9 +397,9 @@ impl DrillEnv for LabEnv {
 
     fn audit(&mut self, host: &HostName, _limit: Duration) -> Result<Option<AuditView>, EnvError> {
         // The audit is made between load and resume: it is in before the VM runs.
-        let status = self
-            .status(host)
-            .ok_or_else(|| EnvError::new("reading the audit", format!("host {host} does not answer")))?;
+        let status = self.status(host).ok_or_else(|| {
+            EnvError::new("reading the audit", format!("host {host} does not answer"))
+        })?;
         Ok(status.last_failover.as_ref().and_then(audit_view))
     }
 
@@ -396,14 +435,17 @@ impl DrillEnv for LabEnv {
             .ok_or_else(|| EnvError::new(step, "the image is not known"))?;
         // Stopping writes out what is committed and nothing else.
         let _: Done = block(
-            self.client(&view.host)?.post(&format!("/v1/vms/{VM_NAME}/stop"), &()),
+            self.client(&view.host)?
+                .post(&format!("/v1/vms/{VM_NAME}/stop"), &()),
         )
         .map_err(refused("stopping the VM"))?;
         let host = view.host;
-        self.wait("the VM to stop", Duration::from_secs(20), |env| match env.status(&host) {
-            Some(s) if s.role == types::Role::Stopped => Ok(()),
-            Some(s) => Err(s.state),
-            None => Err("the host does not answer".into()),
+        self.wait("the VM to stop", Duration::from_secs(20), |env| {
+            match env.status(&host) {
+                Some(s) if s.role == types::Role::Stopped => Ok(()),
+                Some(s) => Err(s.state),
+                None => Err("the host does not answer".into()),
+            }
         })?;
         let file = File::open(&image).map_err(|e| EnvError::new(format!("opening {image}"), e))?;
         let listing = record::list(&file, DISK_BYTES).map_err(|e| EnvError::new(step, e))?;
@@ -442,7 +484,13 @@ fn ranges(numbers: &[u64]) -> Vec<(u64, u64)> {
 }
 
 fn quantiles(p: Percentiles, count: u64) -> Quantiles {
-    Quantiles { count, p50_us: p.p50, p90_us: p.p90, p99_us: p.p99, max_us: p.max }
+    Quantiles {
+        count,
+        p50_us: p.p50,
+        p90_us: p.p90,
+        p99_us: p.p99,
+        max_us: p.max,
+    }
 }
 
 fn audit_view(f: &Failover) -> Option<AuditView> {
@@ -494,7 +542,10 @@ fn view(host: HostName, status: VmStatus) -> VmView {
         events: status
             .events
             .into_iter()
-            .map(|e| EventView { at_ns: MonotonicNs(e.at_ns), text: e.what })
+            .map(|e| EventView {
+                at_ns: MonotonicNs(e.at_ns),
+                text: e.what,
+            })
             .collect(),
     }
 }
@@ -507,8 +558,7 @@ pub fn host_statuses(env: &LabEnv) -> Result<Vec<HostStatus>, EnvError> {
     env.hosts()?
         .iter()
         .map(|h| {
-            block(Client::new(&h.api_socket).get("/v1/status"))
-                .map_err(refused("asking a host"))
+            block(Client::new(&h.api_socket).get("/v1/status")).map_err(refused("asking a host"))
         })
         .collect()
 }

@@ -2,7 +2,7 @@
 //!
 //! A drill takes a running, protected VM with clients outside, does one named failure
 //! at a random moment, and judges from what the clients wrote down whether anything
-//! was lost. [`client`] is the process outside, [`env`] what the drill needs from the
+//! was lost. [`client`] is the process outside, [`mod@env`] what the drill needs from the
 //! product, [`report`] the pure part: logs in, verdict out.
 
 pub mod checks;

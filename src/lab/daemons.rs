@@ -4,7 +4,7 @@
 //! whoever wants to change the spec in between. Must never touch a VM.
 
 use super::{HostNet, KeepPolicy, Lab, LabError, LabSpec};
-use crate::api::client::{block, Client, ClientError, pin_both};
+use crate::api::client::{Client, ClientError, block, pin_both};
 use crate::api::types::{HostInfo, LINK_PORT, LinkAddrs};
 use crate::pool::HostName;
 use std::net::SocketAddr;
@@ -30,7 +30,7 @@ pub enum DaemonsError {
         /// Its daemon's log.
         log: PathBuf,
         /// What was heard instead.
-        source: ClientError,
+        source: Box<ClientError>,
     },
     /// Two daemons cannot be linked.
     #[error("hosts {a} and {b} cannot be linked: {source}")]
@@ -40,7 +40,7 @@ pub enum DaemonsError {
         /// The other.
         b: HostName,
         /// Which daemon said what.
-        source: ClientError,
+        source: Box<ClientError>,
     },
 }
 
@@ -87,14 +87,21 @@ pub fn up_linked(spec: LabSpec) -> Result<Lab, DaemonsError> {
         wait_daemon(&net.api_socket).map_err(|source| DaemonsError::NoAnswer {
             host: net.name.clone(),
             log: net.daemon_log.clone(),
-            source,
+            source: Box::new(source),
         })?;
     }
     for (i, net) in nets.iter().enumerate() {
         for partner in &nets[i + 1..] {
-            let (here, there) = (Client::new(&net.api_socket), Client::new(&partner.api_socket));
+            let (here, there) = (
+                Client::new(&net.api_socket),
+                Client::new(&partner.api_socket),
+            );
             block(pin_both(&here, &there, &link_addrs(net, &partner.name))).map_err(|source| {
-                DaemonsError::Link { a: net.name.clone(), b: partner.name.clone(), source }
+                DaemonsError::Link {
+                    a: net.name.clone(),
+                    b: partner.name.clone(),
+                    source: Box::new(source),
+                }
             })?;
         }
     }

@@ -42,8 +42,8 @@ pub use handle::{Lab, take_down};
 pub use init::host_init_main;
 pub use launch::keeper_main;
 pub use spec::{
-    GATEWAY, HOST_BRIDGE, HOSTS_MAX, HostConfigFn, HostNet, KeepPolicy, LabId, LabPlan, LabSpec, OUTSIDE,
-    PRIVATE_LINKS_MAX, Place, PrivateLink, check_name, default_dir,
+    GATEWAY, HOST_BRIDGE, HOSTS_MAX, HostConfigFn, HostNet, KeepPolicy, LabId, LabPlan, LabSpec,
+    OUTSIDE, PRIVATE_LINKS_MAX, Place, PrivateLink, check_name, default_dir,
 };
 pub use wire::{DaemonState, HostPower, HostStatus, LabStatus, LinkStatus, Process};
 

@@ -35,6 +35,8 @@
 //!    primary frozen between acknowledgement and release cannot speak after the standby does.
 //!    The lease is no longer than detection and claim delay take anyway: it costs no blackout.
 
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
 mod limits;
 pub mod primary;
 mod record;

@@ -38,6 +38,33 @@ pub enum BadRecord {
     Json(#[from] serde_json::Error),
 }
 
+/// Why a VM must not be started here.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StartRefused {
+    /// Another host is its owner and has not said that it stopped.
+    #[error("host {owner} may be running it; stop it there first")]
+    RunsElsewhere {
+        /// That host.
+        owner: HostName,
+    },
+    /// It ran elsewhere last.
+    #[error(
+        "it ran on host {owner} last, whose disks are the newest; start it there, or with --force from the disks here, which gives up what was written since they were mirrored"
+    )]
+    NewerElsewhere {
+        /// That host.
+        owner: HostName,
+    },
+    /// A standby is named in the record.
+    #[error(
+        "host {standby} holds its standby and may take over at any moment; start it there once it has, or, if both hosts were lost, with --force from the disks here, which gives up what only the standby held"
+    )]
+    StandbyMayTakeOver {
+        /// That host.
+        standby: HostName,
+    },
+}
+
 /// The registry key of a VM's record.
 #[must_use]
 pub fn record_key(vm: VmId) -> String {
@@ -45,12 +72,50 @@ pub fn record_key(vm: VmId) -> String {
 }
 
 impl VmRecord {
-    /// The record of a VM that `owner` starts, following `previous` if there is one.
+    /// The record of a VM that `me` starts, following `previous` if there is one.
+    ///
+    /// Whoever ran it last has its newest disks, and a named standby may hold newer writes
+    /// still and take over at any moment. `force` gives such writes up; it does not help
+    /// against another host that may be running the VM: that one would not notice.
+    ///
+    /// # Errors
+    /// [`StartRefused`].
+    pub fn start(
+        me: &HostName,
+        previous: Option<&Self>,
+        force: bool,
+    ) -> Result<Self, StartRefused> {
+        if let Some(Self {
+            owner,
+            standby,
+            running,
+            ..
+        }) = previous
+        {
+            if owner != me && *running {
+                return Err(StartRefused::RunsElsewhere {
+                    owner: owner.clone(),
+                });
+            }
+            if owner != me && !force {
+                return Err(StartRefused::NewerElsewhere {
+                    owner: owner.clone(),
+                });
+            }
+            if let (Some(standby), true, false) = (standby, running, force) {
+                return Err(StartRefused::StandbyMayTakeOver {
+                    standby: standby.clone(),
+                });
+            }
+        }
+        Ok(Self::started(me.clone(), previous))
+    }
+
+    /// The record once `owner` has started the VM, for who has found that it may.
     #[must_use]
     pub fn started(owner: HostName, previous: Option<&Self>) -> Self {
-        let generation = previous.map_or(Generation(1), |record| record.generation.next());
         Self {
-            generation,
+            generation: previous.map_or(Generation(1), |record| record.generation.next()),
             owner,
             standby: None,
             running: true,
@@ -110,12 +175,34 @@ mod tests {
     }
 
     #[test]
-    fn each_start_has_its_own_generation() {
-        let first = VmRecord::started(host("a"), None);
+    fn a_start_is_refused_where_newer_state_may_be() {
+        let (a, b) = (host("a"), host("b"));
+        let first = VmRecord::start(&a, None, false).unwrap();
         assert_eq!(first.generation, Generation(1));
+        let again = VmRecord::start(&a, Some(&first), false).unwrap();
+        assert_eq!(again.generation, Generation(2));
+        let elsewhere = StartRefused::RunsElsewhere { owner: a.clone() };
+        assert_eq!(VmRecord::start(&b, Some(&first), true), Err(elsewhere));
+        let stopped = VmRecord {
+            running: false,
+            ..first.clone()
+        };
         assert_eq!(
-            VmRecord::started(host("b"), Some(&first)).generation,
-            Generation(2)
+            VmRecord::start(&b, Some(&stopped), false),
+            Err(StartRefused::NewerElsewhere { owner: a.clone() })
+        );
+        assert_eq!(VmRecord::start(&b, Some(&stopped), true).unwrap().owner, b);
+        let mirrored = VmRecord {
+            standby: Some(b.clone()),
+            ..first
+        };
+        assert_eq!(
+            VmRecord::start(&a, Some(&mirrored), false),
+            Err(StartRefused::StandbyMayTakeOver { standby: b })
+        );
+        assert_eq!(
+            VmRecord::start(&a, Some(&mirrored), true).unwrap().standby,
+            None
         );
     }
 }

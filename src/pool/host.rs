@@ -10,7 +10,9 @@ pub struct HostName(String);
 
 /// A host name that is not one.
 #[derive(Debug, thiserror::Error)]
-#[error("host name `{0}` is not valid: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'")]
+#[error(
+    "host name `{0}` is not valid: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'"
+)]
 pub struct BadHostName(String);
 
 /// Longest host name, in bytes (RFC 1035, one label).
@@ -25,10 +27,16 @@ impl HostName {
         let name = name.into();
         let ok = !name.is_empty()
             && name.len() <= HOST_NAME_BYTES_MAX
-            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
             && !name.starts_with('-')
             && !name.ends_with('-');
-        if ok { Ok(Self(name)) } else { Err(BadHostName(name)) }
+        if ok {
+            Ok(Self(name))
+        } else {
+            Err(BadHostName(name))
+        }
     }
 
     /// The name as text.

@@ -1,5 +1,7 @@
 //! What the pool is: hosts, VMs, protection; validation. Pure.
 
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
 pub mod host;
 pub mod spec;
 

@@ -444,7 +444,8 @@ impl World {
         );
         let encode = self.rng.permille(500);
         if encode {
-            self.tell_primary(host, PrimaryInput::Sent { epoch });
+            let at = self.now;
+            self.tell_primary(host, PrimaryInput::Sent { epoch, at });
         }
         for part in 0..3 {
             self.send(

@@ -6,7 +6,7 @@
 use super::EpochMeta;
 use super::meta::{Totals, encode_end};
 use crate::codec::disk::{DISK_WRITE_BYTES_MAX, split_write};
-use crate::codec::pages::BATCH_BYTES_MAX;
+use crate::codec::pages::{BATCH_BYTES_MAX, BATCH_PAGES_MAX};
 use crate::codec::{
     CodecError, CompressMode, DiskWrite, Page, PageEncoder, encode_delta, encode_disk_writes,
     encode_packets,
@@ -16,6 +16,11 @@ use crate::ids::{Epoch, Generation, VmId};
 use bytes::{Bytes, BytesMut};
 use ring::digest::{Context, SHA256};
 use std::borrow::Cow;
+
+/// Pages in the first batch of a call; each next batch has twice as many, up to
+/// [`BATCH_PAGES_MAX`]. A batch travels only when it is encoded whole, so the link (and
+/// the standby's decoder) begin sooner.
+const FIRST_BATCH_PAGES: usize = 32;
 
 /// Why an epoch could not be written; `E` is the error of the caller's `send`.
 #[derive(Debug, thiserror::Error)]
@@ -174,11 +179,14 @@ impl EpochWriter {
             Phase::Content,
             "pages come after begin and before the device state",
         )?;
+        let mut batch_pages = FIRST_BATCH_PAGES;
         loop {
             let mut out = BytesMut::new();
-            let Some(stats) = self.encoder.encode(&mut pages, &mut out)? else {
+            let mut batch = pages.by_ref().take(batch_pages);
+            let Some(stats) = self.encoder.encode(&mut batch, &mut out)? else {
                 return Ok(());
             };
+            batch_pages = (batch_pages * 2).min(BATCH_PAGES_MAX);
             debug_assert!(out.len() <= BATCH_BYTES_MAX);
             self.totals.pages += stats.zero + stats.raw + stats.packed;
             self.emit(FrameKind::Pages, out.freeze(), send)?;

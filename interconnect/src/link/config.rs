@@ -25,10 +25,13 @@ pub struct LinkSettings {
     /// Silence after which QUIC gives up a session. Heartbeats decide about the
     /// partner's life much earlier; this only makes the session be dialled anew.
     pub idle_timeout: Duration,
-    /// Largest UDP payload to probe for, in bytes: 1,472 on 1,500-byte links,
-    /// 8,972 with jumbo frames (9,000 less IPv4 and UDP headers).
+    /// Largest UDP payload to send or take, in bytes; what the route takes is found
+    /// out below it. 1,472 on 1,500-byte links, 8,972 with jumbo frames (9,000 less
+    /// IPv4 and UDP headers).
     pub mtu_bytes_max: u16,
-    /// Bytes one epoch lane may queue in this host before the sender waits.
+    /// Bytes one epoch lane may queue in this host before the sender waits: enough to
+    /// encode the next batch while one is sent. What is queued when seeding ends is
+    /// what the first epoch waits behind.
     pub lane_queue_bytes: usize,
 }
 
@@ -100,7 +103,7 @@ impl Default for LinkSettings {
         Self {
             idle_timeout: Duration::from_millis(1500),
             mtu_bytes_max: 8972,
-            lane_queue_bytes: 8 << 20,
+            lane_queue_bytes: 2 << 20,
         }
     }
 }

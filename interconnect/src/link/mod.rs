@@ -15,6 +15,7 @@ mod hello;
 mod keeper;
 mod queue;
 mod session;
+mod socket;
 mod transport;
 
 pub use config::{LinkAddr, LinkSettings, OnAck, PairConfig, StartError};
@@ -140,11 +141,15 @@ pub struct LinkStats {
     pub sent_bytes: u64,
     /// UDP payload bytes received in this session.
     pub received_bytes: u64,
+    /// Packets sent in this session.
+    pub sent_packets: u64,
     /// Packets declared lost in this session.
     pub lost_packets: u64,
+    /// How often losses looked like a path that swallows large packets.
+    pub black_holes: u64,
     /// Largest UDP payload in use, in bytes.
     pub mtu_bytes: u16,
-    /// Congestion window, in bytes.
+    /// What may be on its way, in bytes.
     pub window_bytes: u64,
     /// Why the last session ended or the last attempt failed.
     pub last_error: Option<String>,

@@ -9,6 +9,7 @@
 //! of the partner's bytes than the windows and channels allow.
 
 use super::config::OnAck;
+use super::congestion::WINDOW_BYTES_MAX;
 use super::hello::{LANE_BYTES, lane_start, parse_lane_start};
 use super::queue::{FrameQueue, PushError};
 use super::{Hello, LinkEvent, LinkStats, SendError, SessionId};
@@ -36,6 +37,8 @@ const CHUNKS_MAX: usize = 64;
 const WRITE_BYTES: usize = 1 << 20;
 /// A lane must say what it is within this time.
 const LANE_START_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often a session's figures go to the log at DEBUG.
+const FIGURES_EVERY: Duration = Duration::from_secs(1);
 /// Close code: ended in order, or replaced by a newer session.
 pub(super) const CODE_DONE: u32 = 0;
 /// Close code: the partner is refused; the reason says why.
@@ -103,6 +106,7 @@ impl Session {
             reason = self.read_control(receive, on_ack.as_ref(), events) => reason,
             reason = self.accept_lanes(&mut lanes, events) => reason,
             error = self.connection.closed() => error.to_string(),
+            never = self.tell_figures() => match never {},
         };
         self.control.close();
         // Before closing from here, which would hide the partner's own words. If the
@@ -118,6 +122,15 @@ impl Session {
             .close(VarInt::from_u32(CODE_PROTOCOL), reason.as_bytes());
         lanes.shutdown().await;
         reason
+    }
+
+    /// What the connection did, once a second, for whoever reads the log at DEBUG.
+    async fn tell_figures(&self) -> std::convert::Infallible {
+        loop {
+            tokio::time::sleep(FIGURES_EVERY).await;
+            let stats = self.connection.stats();
+            tracing::debug!(peer = %self.peer, path = ?stats.path, tx = ?stats.udp_tx, rx = ?stats.udp_rx, "figures");
+        }
     }
 
     async fn write_control(&self, stream: SendStream) -> String {
@@ -287,9 +300,11 @@ impl Lanes for Session {
             rtt: stats.path.rtt,
             sent_bytes: stats.udp_tx.bytes,
             received_bytes: stats.udp_rx.bytes,
+            sent_packets: stats.path.sent_packets,
             lost_packets: stats.path.lost_packets,
+            black_holes: stats.path.black_holes_detected,
             mtu_bytes: stats.path.current_mtu,
-            window_bytes: stats.path.cwnd,
+            window_bytes: stats.path.cwnd.min(WINDOW_BYTES_MAX),
             last_error: None,
         }
     }

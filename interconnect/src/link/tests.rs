@@ -318,6 +318,33 @@ fn a_dead_first_link_is_passed_over() {
 }
 
 #[test]
+fn bulk_goes_in_the_largest_packets_and_none_vanish() {
+    // Loopback takes any size, so packets are as large as the settings allow. A burst
+    // too large for the kernel would vanish, and packets become small after a few.
+    let runtime = runtime();
+    let (a, b) = sides(1);
+    let (mut one, mut two) = (start(a.config(&b), &runtime), start(b.config(&a), &runtime));
+    one.up();
+    two.up();
+    let lane = one.interconnect.open_epoch_lane(VM, Generation(1)).unwrap();
+    let mut rx = two.lane();
+    let payload = bytes::Bytes::from(noise(1, 1 << 20));
+    for epoch in 0..32 {
+        let frame = Frame {
+            payload: payload.clone(),
+            ..frame(FrameKind::Pages, epoch, vec![])
+        };
+        lane.send_blocking(frame).unwrap();
+        // One at a time: what is tried is the size of bursts, not this machine's buffers.
+        let came = rx.blocking_recv().unwrap();
+        assert_eq!((came.epoch, came.payload), (Epoch(epoch), payload.clone()));
+    }
+    let stats = one.interconnect.stats();
+    assert_eq!(stats.mtu_bytes, LinkSettings::default().mtu_bytes_max);
+    assert_eq!(stats.black_holes, 0, "{stats:?}");
+}
+
+#[test]
 fn a_standby_that_does_not_read_stops_the_sender_at_its_bounds() {
     let runtime = runtime();
     let (a, b) = sides(1);

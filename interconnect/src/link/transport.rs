@@ -2,21 +2,18 @@
 //! with its reason. The defaults suit the internet: 333 ms initial round trip, 30 s
 //! idle time, 1,200-byte packets, windows for 100 Mbit/s.
 
-use super::config::{LinkSettings, PairConfig, StartError};
+use super::config::{LinkAddr, LinkSettings, PairConfig, StartError};
 use super::congestion::{PrivateLinkConfig, WINDOW_BYTES_MAX, WINDOW_BYTES_MIN};
-use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+use super::socket::{self, SOCKET_BUFFER_BYTES};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
     AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt,
 };
 use quinn_proto::HashedConnectionIdGenerator;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::UdpSocket;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Socket buffers, in bytes: twice the congestion window, because the kernel counts
-/// its own overhead (up to as much again for each packet) into it.
-const SOCKET_BUFFER_BYTES: usize = 16 << 20;
 /// What one stream may have on its way and unread, in bytes: at 10 Gbit/s 13 ms,
 /// so that a standby that applies an epoch does not stall the next. With one lane
 /// for each VM this also is what one VM can make the receiver hold in QUIC.
@@ -24,20 +21,21 @@ const STREAM_WINDOW_BYTES: u32 = 16 << 20;
 /// What all streams of a session may have unread, in bytes: the bound on the memory
 /// a partner can take here, whatever it does.
 const CONNECTION_WINDOW_BYTES: u32 = 128 << 20;
-/// What this side holds unacknowledged, in bytes: two congestion windows; more
-/// only hides back-pressure from the lanes' own queues.
-const SEND_WINDOW_BYTES: u64 = 16 << 20;
 /// Lanes a partner may have open: two for each of many VMs.
 const LANES_MAX: u32 = 256;
 /// Round-trip time assumed before the first measurement. A cable between two hosts
 /// takes 50 to 200 µs; 2 ms leave room for a busy scheduler and still repeat a lost
 /// first packet after 6 ms instead of a second.
 const INITIAL_RTT: Duration = Duration::from_millis(2);
-/// First packet size, in bytes: fits 1,500-byte Ethernet with IPv6 headers.
-const INITIAL_MTU_BYTES: u16 = 1452;
-/// Pause before larger packets are tried again after losses that looked like a
-/// limit of the path; a cable has the same limit always.
-const MTU_RETRY: Duration = Duration::from_secs(1);
+/// Packet size that every path takes, in bytes: fits 1,500-byte Ethernet with IPv6
+/// headers. Used when the route does not tell, and after losses that look like a
+/// limit of the path (a switch set to smaller frames than the hosts).
+const SAFE_MTU_BYTES: u16 = 1452;
+/// Least that QUIC allows (RFC 9000, 14.1).
+const MTU_BYTES_MIN: u16 = 1200;
+/// Pause before larger packets are tried again after losses that looked like a limit
+/// of the path. A cable has the same limit always, and a try costs single packets only.
+const MTU_RETRY: Duration = Duration::from_secs(10);
 /// Packets the receiver may get without acknowledging. Two is fair on the internet;
 /// here each acknowledgement is only work on both sides. A lost packet is reported at
 /// once regardless (it arrives out of order).
@@ -51,36 +49,45 @@ const KEEP_ALIVES_PER_IDLE: u32 = 5;
 
 const _: () = assert!(SOCKET_BUFFER_BYTES as u64 >= 2 * WINDOW_BYTES_MAX);
 const _: () = assert!(STREAM_WINDOW_BYTES <= CONNECTION_WINDOW_BYTES);
-
-/// Bind the UDP socket of a link.
-pub(super) fn bind(link: usize, addr: SocketAddr) -> Result<UdpSocket, StartError> {
-    let socket = UdpSocket::bind(addr).map_err(|source| StartError::Bind { link, addr, source })?;
-    // FORCE goes beyond net.core.rmem_max, which a distribution sets for desktops;
-    // without the privilege take what the limit gives.
-    if setsockopt(&socket, sockopt::RcvBufForce, &SOCKET_BUFFER_BYTES).is_err() {
-        let _ = setsockopt(&socket, sockopt::RcvBuf, &SOCKET_BUFFER_BYTES);
-    }
-    if setsockopt(&socket, sockopt::SndBufForce, &SOCKET_BUFFER_BYTES).is_err() {
-        let _ = setsockopt(&socket, sockopt::SndBuf, &SOCKET_BUFFER_BYTES);
-    }
-    Ok(socket)
-}
+const _: () = assert!(WINDOW_BYTES_MAX <= STREAM_WINDOW_BYTES as u64);
+const _: () = assert!(MTU_BYTES_MIN <= SAFE_MTU_BYTES);
 
 /// The congestion window that suits this host's socket buffer. The one that matters
 /// is the partner's, which is set up alike.
 fn window_for(socket: &UdpSocket) -> u64 {
-    let buffer = getsockopt(socket, sockopt::RcvBuf).unwrap_or(0) as u64;
-    (buffer / 2).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
+    (socket::receive_buffer_bytes(socket) / 2).clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX)
 }
 
-fn transport(settings: &LinkSettings, window_max: u64) -> TransportConfig {
+/// Sizes of packets on a link, in bytes of UDP payload.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct PacketBytes {
+    /// Never larger.
+    max: u16,
+    /// The first ones; what the route takes is used at once, not searched for.
+    initial: u16,
+    /// After losses that look like a limit of the path, until the search is done.
+    min: u16,
+}
+
+impl PacketBytes {
+    /// For a link whose route takes `route` (if known), with the operator's limit.
+    fn choose(limit: u16, route: Option<u16>) -> Self {
+        let max = limit.min(route.unwrap_or(u16::MAX)).max(MTU_BYTES_MIN);
+        let min = SAFE_MTU_BYTES.min(max);
+        Self {
+            max,
+            initial: if route.is_some() { max } else { min },
+            min,
+        }
+    }
+}
+
+fn transport(settings: &LinkSettings, packets: PacketBytes, window_max: u64) -> TransportConfig {
     let mut acks = AckFrequencyConfig::default();
     acks.ack_eliciting_threshold(VarInt::from_u32(ACK_AFTER_PACKETS))
         .max_ack_delay(Some(ACK_DELAY_MAX));
     let mut mtu = MtuDiscoveryConfig::default();
-    mtu.upper_bound(settings.mtu_bytes_max)
-        .black_hole_cooldown(MTU_RETRY);
-    let mtu_bytes = INITIAL_MTU_BYTES.min(settings.mtu_bytes_max).max(1200);
+    mtu.upper_bound(packets.max).black_hole_cooldown(MTU_RETRY);
     let idle = IdleTimeout::try_from(settings.idle_timeout)
         .unwrap_or_else(|_| VarInt::from_u32(1500).into());
     let mut transport = TransportConfig::default();
@@ -88,14 +95,15 @@ fn transport(settings: &LinkSettings, window_max: u64) -> TransportConfig {
         .initial_rtt(INITIAL_RTT)
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(Some(settings.idle_timeout / KEEP_ALIVES_PER_IDLE))
-        .initial_mtu(mtu_bytes)
-        // A burst of losses looks to QUIC like a router that swallows big packets,
-        // and it goes down to the smallest size. There is no router here.
-        .min_mtu(mtu_bytes)
+        .initial_mtu(packets.initial)
+        .min_mtu(packets.min)
         .mtu_discovery_config(Some(mtu))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES))
-        .send_window(SEND_WINDOW_BYTES)
+        // What is unacknowledged in all: the partner's socket buffer holds it, whatever
+        // the partner does. This is the window that counts; the congestion window only
+        // becomes smaller than it after losses.
+        .send_window(window_max)
         .max_concurrent_uni_streams(VarInt::from_u32(LANES_MAX))
         // The control lane, opened once by the side that dials.
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
@@ -117,9 +125,13 @@ pub(super) fn endpoint(
         peer: config.peer.clone(),
         reason,
     };
-    let addr = config.links[link].local;
-    let socket = bind(link, addr)?;
-    let transport = Arc::new(transport(&config.settings, window_for(&socket)));
+    let LinkAddr { local: addr, peer } = config.links[link];
+    let socket = socket::bind(link, addr)?;
+    let route = socket::route_payload_bytes(addr, peer);
+    let packets = PacketBytes::choose(config.settings.mtu_bytes_max, route);
+    let window_max = window_for(&socket);
+    tracing::debug!(link, %addr, ?route, ?packets, window_max, "link bound");
+    let transport = Arc::new(transport(&config.settings, packets, window_max));
 
     // A host that restarted answers packets of its former life with a stateless
     // reset, so that the partner redials at once and not after the idle time. For
@@ -133,7 +145,7 @@ pub(super) fn endpoint(
     let id_key = u64::from_le_bytes(id_key);
     endpoint_config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)));
     endpoint_config
-        .max_udp_payload_size(config.settings.mtu_bytes_max.max(INITIAL_MTU_BYTES))
+        .max_udp_payload_size(config.settings.mtu_bytes_max.max(SAFE_MTU_BYTES))
         .map_err(|error| tls(error.to_string()))?;
 
     let client = config
@@ -153,12 +165,44 @@ pub(super) fn endpoint(
     // A link is a cable: the partner's address on it does not change.
     server.transport_config(transport).migration(false);
 
-    quinn::Endpoint::new(
-        endpoint_config,
-        Some(server),
-        socket,
-        Arc::new(quinn::TokioRuntime),
-    )
-    .map(|endpoint| (endpoint, client))
-    .map_err(|source| StartError::Bind { link, addr, source })
+    socket::for_quic(socket, packets.max)
+        .and_then(|socket| {
+            quinn::Endpoint::new_with_abstract_socket(
+                endpoint_config,
+                Some(server),
+                socket,
+                Arc::new(quinn::TokioRuntime),
+            )
+        })
+        .map(|endpoint| (endpoint, client))
+        .map_err(|source| StartError::Bind { link, addr, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packets_start_at_what_the_route_takes_and_fall_back_to_what_all_take() {
+        let bytes = |max, initial, min| PacketBytes { max, initial, min };
+        assert_eq!(
+            PacketBytes::choose(8972, Some(8972)),
+            bytes(8972, 8972, 1452)
+        );
+        assert_eq!(
+            PacketBytes::choose(8972, Some(65_507)),
+            bytes(8972, 8972, 1452)
+        );
+        assert_eq!(
+            PacketBytes::choose(8972, Some(1472)),
+            bytes(1472, 1472, 1452)
+        );
+        assert_eq!(
+            PacketBytes::choose(8972, Some(1352)),
+            bytes(1352, 1352, 1352)
+        );
+        // Not known: search from what all take.
+        assert_eq!(PacketBytes::choose(8972, None), bytes(8972, 1452, 1452));
+        assert_eq!(PacketBytes::choose(0, None), bytes(1200, 1200, 1200));
+    }
 }

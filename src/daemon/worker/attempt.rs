@@ -1,9 +1,9 @@
 //! One attempt to mirror a VM: from asking the partner to the end of the mirroring.
 
+use super::Peer;
 use super::primary::PrimarySide;
 use super::seeder::{self, SeedJob, Seeded};
 use super::sender::{self, SenderConfig, SenderHandle};
-use super::Peer;
 use crate::daemon::control::ControlMsg;
 use crate::daemon::figures::EpochSample;
 use crate::interpose::checkpoint::{CutTimings, capture_blocks_prefix};
@@ -100,7 +100,9 @@ impl PrimarySide {
             return Some(PrimaryInput::StandbyRefused { reason });
         };
         self.shared.reset_figures();
-        self.shared.event(format!("asks {partner} for a standby, generation {generation}"));
+        self.shared.event(format!(
+            "asks {partner} for a standby, generation {generation}"
+        ));
         peer.say(
             self.config.spec.uuid,
             generation,
@@ -134,13 +136,20 @@ impl PrimarySide {
     }
 
     fn mode(&self) -> CompressMode {
-        if self.config.spec.mirror.compress { CompressMode::Adaptive } else { CompressMode::Raw }
+        if self.config.spec.mirror.compress {
+            CompressMode::Adaptive
+        } else {
+            CompressMode::Raw
+        }
     }
 
     fn try_begin_seeding(&mut self) -> Result<(), String> {
         let mode = self.mode();
         let spec = Arc::clone(&self.config.spec);
-        let attempt = self.attempt.as_mut().ok_or("there is no attempt to mirror")?;
+        let attempt = self
+            .attempt
+            .as_mut()
+            .ok_or("there is no attempt to mirror")?;
         let lane = attempt
             .peer
             .interconnect
@@ -153,7 +162,10 @@ impl PrimarySide {
         let prefix = capture_blocks_prefix(&mut self.control).map_err(|e| e.to_string());
         self.checkpointer_cont()?;
         let prefix = prefix?;
-        let attempt = self.attempt.as_mut().ok_or("there is no attempt to mirror")?;
+        let attempt = self
+            .attempt
+            .as_mut()
+            .ok_or("there is no attempt to mirror")?;
         let mut rest = prefix;
         while !rest.is_empty() {
             let payload = rest.split_to(rest.len().min(PAYLOAD_BYTES_MAX));
@@ -171,7 +183,9 @@ impl PrimarySide {
             .map_err(|e| e.to_string())?;
         let pages = tracker.pages();
         for _ in 0..=crate::mirror::MAX_IN_FLIGHT {
-            attempt.spare.push(Staging::new(pages, pages).map_err(|e| e.to_string())?);
+            attempt
+                .spare
+                .push(Staging::new(pages, pages).map_err(|e| e.to_string())?);
         }
         for disk in &self.parts.disks {
             disk.begin_dirty_tracking();
@@ -192,14 +206,19 @@ impl PrimarySide {
     /// The seeder has ended: take the tracker back, start the sender.
     pub(super) fn seeded(&mut self, seeded: Seeded) -> Option<PrimaryInput> {
         let mode = self.mode();
-        let attempt = self.attempt.as_mut().filter(|a| a.generation == seeded.generation)?;
+        let attempt = self
+            .attempt
+            .as_mut()
+            .filter(|a| a.generation == seeded.generation)?;
         attempt.tracker = Some(seeded.tracker);
         attempt.base = seeded.base;
         if let Err(reason) = seeded.result {
             return Some(PrimaryInput::SeedingFailed { reason });
         }
         let lane = attempt.lane.clone()?;
-        self.parts.ingress.open(Arc::clone(&lane), attempt.generation, Epoch(1));
+        self.parts
+            .ingress
+            .open(Arc::clone(&lane), attempt.generation, Epoch(1));
         let sender = sender::start(SenderConfig {
             vm: self.config.spec.uuid,
             generation: attempt.generation,
@@ -212,10 +231,13 @@ impl PrimarySide {
         match sender {
             Ok(sender) => {
                 attempt.sender = Some(sender);
-                self.shared.event("seeded; the first checkpoint follows".into());
+                self.shared
+                    .event("seeded; the first checkpoint follows".into());
                 Some(PrimaryInput::SeedingConverged)
             }
-            Err(e) => Some(PrimaryInput::SeedingFailed { reason: e.to_string() }),
+            Err(e) => Some(PrimaryInput::SeedingFailed {
+                reason: e.to_string(),
+            }),
         }
     }
 }

@@ -20,7 +20,14 @@ impl BusyMeter {
     /// A meter of these vCPU threads of QEMU.
     pub fn new(pid: u32, threads: Vec<i32>) -> Self {
         let last_cpu_ns = vec![0; threads.len()];
-        Self { pid, threads, last_cpu_ns, last_ns: 0, paused_ns: 0, permille: 0 }
+        Self {
+            pid,
+            threads,
+            last_cpu_ns,
+            last_ns: 0,
+            paused_ns: 0,
+            permille: 0,
+        }
     }
 
     /// QEMU's main thread answers the monitor within the pause: the vCPUs must not keep it
@@ -54,7 +61,8 @@ impl BusyMeter {
             }
         }
         if self.last_ns != 0 {
-            self.permille = u16::try_from((busiest.saturating_mul(1000) / running).min(1000)).unwrap_or(1000);
+            self.permille =
+                u16::try_from((busiest.saturating_mul(1000) / running).min(1000)).unwrap_or(1000);
         }
         self.last_ns = now_ns;
         self.paused_ns = 0;

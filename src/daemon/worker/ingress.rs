@@ -24,7 +24,11 @@ pub struct IngressTap {
 impl IngressTap {
     /// One that tells nobody yet.
     pub const fn new(vm: VmId) -> Self {
-        Self { vm, epoch: AtomicU64::new(0), lane: Mutex::new(None) }
+        Self {
+            vm,
+            epoch: AtomicU64::new(0),
+            lane: Mutex::new(None),
+        }
     }
 
     /// Tell this lane from now on.
@@ -46,7 +50,9 @@ impl IngressTap {
     /// A port gave this frame to the guest.
     pub fn delivered(&self, nic: usize, frame: &[u8]) {
         let guard = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some((lane, generation)) = guard.as_ref() else { return };
+        let Some((lane, generation)) = guard.as_ref() else {
+            return;
+        };
         let Ok(nic) = u16::try_from(nic) else { return };
         let mut packet = BytesMut::with_capacity(NIC_BYTES + frame.len());
         packet.put_u16_le(nic);
@@ -71,7 +77,10 @@ pub fn split(mut packet: Bytes) -> Option<(usize, Bytes)> {
         return None;
     }
     let frame = packet.split_off(NIC_BYTES);
-    Some((usize::from(u16::from_le_bytes([packet[0], packet[1]])), frame))
+    Some((
+        usize::from(u16::from_le_bytes([packet[0], packet[1]])),
+        frame,
+    ))
 }
 
 #[cfg(test)]
@@ -81,7 +90,10 @@ mod tests {
 
     #[test]
     fn packets_name_their_nic() {
-        assert_eq!(split(Bytes::from_static(b"\x02\x01abc")), Some((258, Bytes::from_static(b"abc"))));
+        assert_eq!(
+            split(Bytes::from_static(b"\x02\x01abc")),
+            Some((258, Bytes::from_static(b"abc")))
+        );
         assert_eq!(split(Bytes::from_static(b"\x02\x01")), None);
         assert_eq!(split(Bytes::new()), None);
     }

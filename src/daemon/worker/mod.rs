@@ -17,7 +17,6 @@
 //! It must never decide: what to do next is the machine's word.
 
 mod attempt;
-mod verify;
 mod busy;
 mod cutting;
 mod ingress;
@@ -28,13 +27,14 @@ mod receiver;
 mod seeder;
 mod sender;
 mod standby;
+mod verify;
 
 pub use publish::Shared;
 
 use super::claims::Claims;
 use super::config::HostConfig;
 use super::control::ControlMsg;
-use crate::mirror::{ClaimOutcome, Ticket, Timing, Verdict, Versioned, VmRecord};
+use crate::mirror::{ClaimOutcome, Micros, Ticket, Timing, Verdict, Versioned, VmRecord};
 use crate::pool::spec::VmSpec;
 use crate::pool::{Epoch, Generation, HostName, VmId};
 use crate::vm::argv::Accel;
@@ -116,6 +116,15 @@ pub enum WorkerEvent {
         /// When it was asked for, CLOCK_MONOTONIC nanoseconds.
         asked_ns: u64,
     },
+    /// The sender is about to hand the epoch's closing frame to the lane.
+    Closing {
+        /// The attempt.
+        generation: Generation,
+        /// The epoch.
+        epoch: Epoch,
+        /// Just before.
+        at: Micros,
+    },
     /// The sender is done with an epoch.
     Sent(sender::SentEpoch),
     /// The seeder has ended.
@@ -131,12 +140,13 @@ pub enum WorkerEvent {
     },
     /// The stream of RAM blocks outside the RAM file.
     Blocks(bytes::Bytes),
-    /// QEMU ended by itself.
+    /// The daemon is told to end.
+    DaemonEnds,
+    /// QEMU ended, and not by this daemon. A guest that powers itself off does not end
+    /// QEMU, so this is never the guest's wish, whatever the exit status.
     QemuExit {
         /// In words.
         reason: String,
-        /// It ended as it does when the guest powers off.
-        clean: bool,
     },
 }
 
@@ -163,6 +173,12 @@ impl Routes {
         for inbox in self.lock().values() {
             let _ = inbox.send(event());
         }
+    }
+
+    /// Whether no worker is left.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
     }
 
     /// Register the inbox of a new worker.
@@ -238,7 +254,11 @@ impl Env {
     /// The partner called `name`, if a link to it is pinned.
     #[must_use]
     pub fn peer(&self, name: &HostName) -> Option<Peer> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+        self.peers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .cloned()
     }
 }
 
@@ -308,17 +328,22 @@ fn run(
     started: impl FnOnce(Result<(), String>),
 ) {
     let promoted = match begin {
-        Begin::Primary { record } => match primary::PrimarySide::boot(env, config, record, shared) {
-            Ok(side) => {
-                started(Ok(()));
-                side
+        Begin::Primary { record } => {
+            match primary::PrimarySide::boot(env, config, record, shared) {
+                Ok(side) => {
+                    started(Ok(()));
+                    side
+                }
+                Err(reason) => {
+                    shared.event(format!("not started: {reason}"));
+                    return started(Err(reason));
+                }
             }
-            Err(reason) => {
-                shared.event(format!("not started: {reason}"));
-                return started(Err(reason));
-            }
-        },
-        Begin::Standby { primary, generation } => {
+        }
+        Begin::Standby {
+            primary,
+            generation,
+        } => {
             started(Ok(()));
             match standby::run(env, config, primary, generation, inbox, shared) {
                 Some(side) => *side,

@@ -13,7 +13,7 @@ use crate::mirror::primary::PressureKind;
 use crate::pool::Generation;
 use crate::pool::spec::{Disk as DiskSpec, VmSpec};
 use crate::vm::argv::{Side, VmPaths, command_line};
-use crate::vm::process::{ExitHow, Qemu, SpawnOpts};
+use crate::vm::process::{Qemu, SpawnOpts};
 use crate::vm::qmp::Qmp;
 use crate::vm::room;
 use std::path::PathBuf;
@@ -29,7 +29,10 @@ const MONITOR_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Interface name of a tap: `p` + 8 digits of the uuid + `-` + NIC; the kernel allows 15 bytes.
 fn tap_name(spec: &VmSpec, nic: usize) -> String {
-    let id: String = spec.uuid.0[..4].iter().map(|b| format!("{b:02x}")).collect();
+    let id: String = spec.uuid.0[..4]
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
     format!("p{id}-{nic}")
 }
 
@@ -77,11 +80,16 @@ impl Parts {
         let owner = Owner { uid, gid };
         let vm_dir = env.config.run_dir.join(spec.name.as_str());
         let mut paths = VmPaths::new(spec, &vm_dir, &env.config.ram_dir).map_err(say)?;
-        std::fs::create_dir_all(&env.config.ram_dir)
-            .map_err(|e| format!("cannot create the RAM directory {}: {e}", env.config.ram_dir.display()))?;
+        std::fs::create_dir_all(&env.config.ram_dir).map_err(|e| {
+            format!(
+                "cannot create the RAM directory {}: {e}",
+                env.config.ram_dir.display()
+            )
+        })?;
         room::check_memory_room(&env.config.ram_dir, spec.memory.get()).map_err(say)?;
         room::prepare_run_dir(&vm_dir, uid, gid).map_err(say)?;
-        let ram = room::create_ram_file(&paths.ram_file, spec.memory.get(), uid, gid).map_err(say)?;
+        let ram =
+            room::create_ram_file(&paths.ram_file, spec.memory.get(), uid, gid).map_err(say)?;
         let ram_guard = RemoveOnFailure(Some(paths.ram_file.clone()));
         drop(ram);
         room::stage_boot_files(&mut paths, uid, gid).map_err(say)?;
@@ -94,7 +102,11 @@ impl Parts {
             if side == Side::Standby {
                 fresh_copy(&image, disk.size.get())?;
             }
-            let mode = if side == Side::Standby { Mode::Standby } else { Mode::Direct };
+            let mode = if side == Side::Standby {
+                Mode::Standby
+            } else {
+                Mode::Direct
+            };
             let opened = Disk::open(
                 &image,
                 disk.size.get(),
@@ -127,7 +139,11 @@ impl Parts {
                 qemu_sock: paths.nics[i].qemu.clone(),
                 owner: Some(owner),
                 mac: MacAddr(nic.mac.bytes()),
-                mode: if side == Side::Standby { NetMode::Standby } else { NetMode::Direct },
+                mode: if side == Side::Standby {
+                    NetMode::Standby
+                } else {
+                    NetMode::Direct
+                },
                 generation,
                 hooks: net_hooks(inbox, &ingress),
             })
@@ -158,7 +174,18 @@ impl Parts {
         })?;
         watch(&qemu, inbox);
         ram_guard.keep();
-        Ok((Self { paths, qemu, disks, ports, ingress, images, servers }, control))
+        Ok((
+            Self {
+                paths,
+                qemu,
+                disks,
+                ports,
+                ingress,
+                images,
+                servers,
+            },
+            control,
+        ))
     }
 
     /// The monitors and options of a checkpointer.
@@ -187,7 +214,9 @@ impl Parts {
 /// # Errors
 /// If QEMU does not answer.
 pub fn vcpu_threads(control: &mut Qmp) -> Result<Vec<i32>, String> {
-    let answer = control.execute("query-cpus-fast", serde_json::json!({})).map_err(say)?;
+    let answer = control
+        .execute("query-cpus-fast", serde_json::json!({}))
+        .map_err(say)?;
     Ok(answer
         .as_array()
         .into_iter()
@@ -242,7 +271,12 @@ fn fresh_copy(image: &std::path::Path, size: u64) -> Result<(), String> {
     match std::fs::remove_file(image) {
         Ok(()) => {}
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(format!("cannot replace the stale copy {}: {e}", image.display())),
+        Err(e) => {
+            return Err(format!(
+                "cannot replace the stale copy {}: {e}",
+                image.display()
+            ));
+        }
     }
     create_sparse(image, size).map_err(say)
 }
@@ -253,7 +287,9 @@ fn disk_hooks(inbox: &Sender<WorkerEvent>) -> DiskHooks {
         on_pressure: Some(Arc::new(move || {
             let _ = pressure.send(WorkerEvent::Pressure(PressureKind::Overlay));
         })),
-        on_write_error: Some(Arc::new(|e| tracing::error!("a committed epoch cannot be written to its image, trying on: {e}"))),
+        on_write_error: Some(Arc::new(|e| {
+            tracing::error!("a committed epoch cannot be written to its image, trying on: {e}")
+        })),
     }
 }
 
@@ -275,11 +311,15 @@ fn watch(qemu: &Arc<Qemu>, inbox: &Sender<WorkerEvent>) {
     let (qemu, inbox) = (Arc::clone(qemu), inbox.clone());
     let watcher = move || {
         if let Some(exit) = qemu.wait_exit(None) {
-            let clean = exit.how == ExitHow::Status(0);
-            let _ = inbox.send(WorkerEvent::QemuExit { reason: exit.to_string(), clean });
+            let _ = inbox.send(WorkerEvent::QemuExit {
+                reason: exit.to_string(),
+            });
         }
     };
-    if let Err(e) = std::thread::Builder::new().name("qemu-watch".into()).spawn(watcher) {
+    if let Err(e) = std::thread::Builder::new()
+        .name("qemu-watch".into())
+        .spawn(watcher)
+    {
         tracing::error!("no thread to watch QEMU: {e}");
     }
 }

@@ -6,7 +6,7 @@ use super::cutting::Taking;
 use super::parts::{self, Parts};
 use super::publish::Shared;
 use super::sender::{EpochJob, SentEpoch};
-use super::{Env, VmCommand, WorkerConfig, WorkerEvent};
+use super::{Env, Peer, VmCommand, WorkerConfig, WorkerEvent};
 use crate::api::types::{Failover, Role};
 use crate::daemon::clock::{now, now_ns};
 use crate::daemon::control::ControlMsg;
@@ -57,11 +57,25 @@ pub struct PrimarySide {
     measured_at: Micros,
     resident_bytes: Option<u64>,
     resumed_ns: u64,
+    /// The guest powered itself off and stands.
+    guest_off: GuestOff,
+    /// Whom the last attempt was made with, for a word after its end.
+    last_peer: Option<(Peer, Generation)>,
     /// How this side went solo, step by step.
     solo: Failover,
     over: bool,
     /// Last: QEMU goes when all who use it are gone.
     pub(super) parts: Parts,
+}
+
+/// Whether the guest has powered itself off.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum GuestOff {
+    No,
+    /// QEMU said so, the machine does not know yet.
+    Seen,
+    /// The machine knows.
+    Told,
 }
 
 fn say<E: std::fmt::Display>(e: E) -> String {
@@ -79,11 +93,23 @@ impl PrimarySide {
         record: Versioned<VmRecord>,
         shared: &Arc<Shared>,
     ) -> Result<Self, String> {
-        let inbox = env.routes.inbox(config.spec.uuid).ok_or("the worker was ended")?;
+        let inbox = env
+            .routes
+            .inbox(config.spec.uuid)
+            .ok_or("the worker was ended")?;
         let (parts, control) =
             Parts::make(env, config, Side::Primary, record.value.generation, &inbox)?;
         shared.event(format!("started, QEMU is process {}", parts.qemu.pid()));
-        Self::over(env, config, record, shared, inbox, parts, control, config.partner.clone())
+        Self::over(
+            env,
+            config,
+            record,
+            shared,
+            inbox,
+            parts,
+            control,
+            config.partner.clone(),
+        )
     }
 
     /// Go on as the primary over `parts`, whose guest runs.
@@ -132,6 +158,8 @@ impl PrimarySide {
             measured_at: Micros::ZERO,
             resident_bytes: None,
             resumed_ns: now_ns(),
+            guest_off: GuestOff::No,
+            last_peer: None,
             solo: Failover::default(),
             over: false,
             parts,
@@ -142,7 +170,8 @@ impl PrimarySide {
     pub fn run(mut self, inbox: &Receiver<WorkerEvent>) {
         self.publish(true);
         while !self.over {
-            let wake = Duration::from_micros(self.machine.next_wakeup().since(now()).0).min(SLEEP_MAX);
+            let wake =
+                Duration::from_micros(self.machine.next_wakeup().since(now()).0).min(SLEEP_MAX);
             match inbox.recv_timeout(wake) {
                 Ok(event) => {
                     let state = self.machine.status(now()).state;
@@ -159,6 +188,12 @@ impl PrimarySide {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             let state = self.machine.status(now()).state;
+            self.guest_events();
+            if self.guest_off == GuestOff::Seen {
+                self.guest_off = GuestOff::Told;
+                self.wanted = None;
+                self.input(PrimaryInput::GuestShutdown);
+            }
             self.input(PrimaryInput::Tick);
             self.retry();
             self.note_change(state);
@@ -167,10 +202,31 @@ impl PrimarySide {
         self.publish(true);
     }
 
+    /// Take in what QEMU reports by itself. A guest that powers itself off does not end
+    /// QEMU (`-action shutdown=pause`): it stands, so that its last words can leave once
+    /// the registry knows that it is to run nowhere.
+    fn guest_events(&mut self) {
+        while let Some(event) = self.checkpointer.poll_event() {
+            let by_guest = event.data["guest"] == true;
+            let why = event.data["reason"].as_str().unwrap_or("no reason given");
+            match event.name.as_str() {
+                "SHUTDOWN" if by_guest && self.guest_off == GuestOff::No => {
+                    self.guest_off = GuestOff::Seen;
+                    self.shared
+                        .event(format!("the guest powered itself off ({why})"));
+                }
+                "RESET" if by_guest => self.shared.event(format!("the guest reboots ({why})")),
+                "GUEST_PANICKED" => self.shared.event("the guest's kernel panicked".into()),
+                _ => {}
+            }
+        }
+    }
+
     fn note_change(&mut self, before: PrimaryState) {
         let status = self.machine.status(now());
         if status.state != before {
-            self.shared.event(format!("{before:?} -> {:?}", status.state).to_lowercase());
+            self.shared
+                .event(format!("{before:?} -> {:?}", status.state).to_lowercase());
             if status.state == PrimaryState::Mirrored {
                 self.retry_wait = RETRY_MIN;
             }
@@ -184,15 +240,21 @@ impl PrimarySide {
 
     /// A VM that should be mirrored and is not is tried again while its partner is there.
     fn retry(&mut self) {
-        let Some(partner) = self.wanted.clone() else { return };
-        if self.over || self.machine.status(now()).state != PrimaryState::Solo || now() < self.retry_at {
+        let Some(partner) = self.wanted.clone() else {
+            return;
+        };
+        if self.over
+            || self.machine.status(now()).state != PrimaryState::Solo
+            || now() < self.retry_at
+        {
             return;
         }
         if self.env.peer(&partner).is_some_and(|p| p.is_there()) {
             self.retry_at = now() + self.retry_wait;
             if let Err(reason) = self.admit() {
                 self.shared.event(format!("not mirrored: {reason}"));
-                self.shared.update(|s| s.warnings = vec![format!("not mirrored: {reason}")]);
+                self.shared
+                    .update(|s| s.warnings = vec![format!("not mirrored: {reason}")]);
                 self.retry_at = now() + RETRY_MAX;
                 return;
             }
@@ -238,7 +300,11 @@ impl PrimarySide {
                 self.suspected(now_ns());
                 self.input(PrimaryInput::LinkDown { reason });
             }
-            WorkerEvent::Verdict { partner, verdict, last_heard_ns } if self.concerns(&partner) => {
+            WorkerEvent::Verdict {
+                partner,
+                verdict,
+                last_heard_ns,
+            } if self.concerns(&partner) => {
                 if verdict == Verdict::Lost {
                     self.suspected(last_heard_ns);
                 }
@@ -246,18 +312,41 @@ impl PrimarySide {
             }
             WorkerEvent::Stalled(for_) => {
                 let micros = u64::try_from(for_.as_micros()).unwrap_or(u64::MAX);
-                self.input(PrimaryInput::SelfStalled { for_: Micros(micros) });
+                self.input(PrimaryInput::SelfStalled {
+                    for_: Micros(micros),
+                });
             }
-            WorkerEvent::Control { from, generation, message } => {
+            WorkerEvent::Control {
+                from,
+                generation,
+                message,
+            } => {
                 self.control_message(&from, generation, message);
             }
             WorkerEvent::Acked { generation, epoch } => self.acked(generation, epoch),
             WorkerEvent::OutputWaiting => self.input(PrimaryInput::OutputWaiting),
             WorkerEvent::Pressure(kind) => self.input(PrimaryInput::Pressure(kind)),
-            WorkerEvent::Claim { ticket, outcome, asked_ns } => {
+            WorkerEvent::Claim {
+                ticket,
+                outcome,
+                asked_ns,
+            } => {
                 self.solo.claim_started_ns = asked_ns;
                 self.solo.claim_won_ns = now_ns();
                 self.input(PrimaryInput::ClaimResult { ticket, outcome });
+            }
+            WorkerEvent::Closing {
+                generation,
+                epoch,
+                at,
+            } => {
+                if self
+                    .attempt
+                    .as_ref()
+                    .is_some_and(|a| a.generation == generation)
+                {
+                    self.input(PrimaryInput::Sent { epoch, at });
+                }
             }
             WorkerEvent::Sent(sent) => self.sent(sent),
             WorkerEvent::Seeded(seeded) => {
@@ -265,12 +354,16 @@ impl PrimarySide {
                     self.input(input);
                 }
             }
-            WorkerEvent::QemuExit { reason, clean } => {
+            WorkerEvent::QemuExit { reason } => {
                 self.shared.event(reason.clone());
-                self.input(if clean {
-                    PrimaryInput::GuestShutdown
-                } else {
+                self.input(PrimaryInput::GuestDied { reason });
+            }
+            WorkerEvent::DaemonEnds => {
+                let reason = format!("the daemon of {} was told to end", self.env.config.name);
+                self.input(if self.machine.status(now()).mirrored {
                     PrimaryInput::GuestDied { reason }
+                } else {
+                    PrimaryInput::GuestShutdown
                 });
             }
             WorkerEvent::LinkDown(..)
@@ -328,9 +421,10 @@ impl PrimarySide {
     }
 
     fn control_message(&mut self, from: &HostName, generation: Generation, message: ControlMsg) {
-        let current = self.attempt.as_ref().is_some_and(|a| {
-            a.peer.name == *from && a.generation == generation
-        });
+        let current = self
+            .attempt
+            .as_ref()
+            .is_some_and(|a| a.peer.name == *from && a.generation == generation);
         if !current {
             return;
         }
@@ -345,7 +439,12 @@ impl PrimarySide {
 
     /// The partner may be gone; the last of these before a won claim counts.
     fn suspected(&mut self, last_heard_ns: u64) {
-        self.solo = Failover { kind: "solo".into(), last_heard_ns, suspected_ns: now_ns(), ..Failover::default() };
+        self.solo = Failover {
+            kind: "solo".into(),
+            last_heard_ns,
+            suspected_ns: now_ns(),
+            ..Failover::default()
+        };
     }
 
     fn acked(&mut self, generation: Generation, epoch: Epoch) {
@@ -361,7 +460,9 @@ impl PrimarySide {
     }
 
     fn sent(&mut self, sent: SentEpoch) {
-        let Some(attempt) = &mut self.attempt else { return };
+        let Some(attempt) = &mut self.attempt else {
+            return;
+        };
         if attempt.generation != sent.generation {
             return;
         }
@@ -389,7 +490,10 @@ impl PrimarySide {
 
     fn carry_out(&mut self, action: PrimaryAction) -> Option<PrimaryInput> {
         match action {
-            PrimaryAction::PrepareStandby { partner, generation } => {
+            PrimaryAction::PrepareStandby {
+                partner,
+                generation,
+            } => {
                 return self.prepare_standby(&partner, generation);
             }
             PrimaryAction::BeginSeeding => return self.begin_seeding(),
@@ -399,21 +503,31 @@ impl PrimarySide {
                 }
                 self.shared.event(format!("seeding ended: {reason}"));
             }
-            PrimaryAction::Cut { epoch, stay_stopped } => return Some(self.cut(epoch, stay_stopped)),
+            PrimaryAction::Cut {
+                epoch,
+                stay_stopped,
+            } => return Some(self.cut(epoch, stay_stopped)),
             PrimaryAction::Release { through, until } => return self.release(through, until),
             PrimaryAction::ConfirmMirrored { generation, epoch } => {
                 self.say(generation, &ControlMsg::MirrorConfirmed { epoch: epoch.0 });
             }
-            PrimaryAction::Claim { ticket, expected, value } => {
+            PrimaryAction::Claim {
+                ticket,
+                expected,
+                value,
+            } => {
                 let reply = self.claim_reply(ticket);
-                self.env.claims.claim(self.config.spec.uuid, Some(expected), value, reply);
+                self.env
+                    .claims
+                    .claim(self.config.spec.uuid, Some(expected), value, reply);
             }
             PrimaryAction::ReadRecord { ticket } => {
                 let reply = self.claim_reply(ticket);
                 self.env.claims.read(self.config.spec.uuid, reply);
             }
             PrimaryAction::HoldStill { reason } => {
-                self.shared.event(format!("the guest stands still: {reason}"));
+                self.shared
+                    .event(format!("the guest stands still: {reason}"));
                 if let Err(e) = self.checkpointer.stop() {
                     tracing::error!("the guest cannot be held still: {e}");
                 }
@@ -426,8 +540,12 @@ impl PrimarySide {
             }
             PrimaryAction::GoSolo { generation } => self.go_solo(generation),
             PrimaryAction::DismissStandby => {
-                if let Some(generation) = self.attempt.as_ref().map(|a| a.generation) {
-                    self.say(generation, &ControlMsg::Dismiss);
+                let attempt = self
+                    .attempt
+                    .as_ref()
+                    .map(|a| (a.peer.clone(), a.generation));
+                if let Some((peer, generation)) = attempt.or_else(|| self.last_peer.take()) {
+                    peer.say(self.config.spec.uuid, generation, &ControlMsg::Dismiss);
                 }
             }
             PrimaryAction::Handover { generation, epoch } => {
@@ -454,16 +572,34 @@ impl PrimarySide {
         let inbox = self.inbox.clone();
         let asked_ns = now_ns();
         Box::new(move |outcome| {
-            let _ = inbox.send(WorkerEvent::Claim { ticket, outcome, asked_ns });
+            let _ = inbox.send(WorkerEvent::Claim {
+                ticket,
+                outcome,
+                asked_ns,
+            });
         })
     }
 
     fn cut(&mut self, epoch: Epoch, stay_stopped: bool) -> PrimaryInput {
+        self.guest_events();
+        if self.guest_off != GuestOff::No {
+            // A standby must not wake a guest that is off: it would hang where it went down.
+            return PrimaryInput::CutFailed {
+                epoch,
+                reason: "the guest has powered itself off".into(),
+            };
+        }
         let Some(attempt) = &mut self.attempt else {
-            return PrimaryInput::CutFailed { epoch, reason: "there is no attempt to mirror".into() };
+            return PrimaryInput::CutFailed {
+                epoch,
+                reason: "there is no attempt to mirror".into(),
+            };
         };
         let (Some(tracker), Some(mut staging)) = (&mut attempt.tracker, attempt.spare.pop()) else {
-            return PrimaryInput::CutFailed { epoch, reason: "no staging is free".into() };
+            return PrimaryInput::CutFailed {
+                epoch,
+                reason: "no staging is free".into(),
+            };
         };
         let begun_ns = now_ns();
         self.busy.sample(begun_ns);
@@ -494,7 +630,10 @@ impl PrimarySide {
                     disk.checkpoint_ends();
                 }
                 attempt.spare.push(staging);
-                return PrimaryInput::CutFailed { epoch, reason: e.to_string() };
+                return PrimaryInput::CutFailed {
+                    epoch,
+                    reason: e.to_string(),
+                };
             }
         };
         let (writes, collected) = (taking.writes, taking.collected);
@@ -541,8 +680,14 @@ impl PrimarySide {
             tracing::warn!(%epoch, "the sender has ended; its reason came before");
         }
         let permille = self.busy.permille();
-        self.machine.handle(PrimaryInput::GuestBusy { permille }, now());
-        PrimaryInput::CutDone { epoch, pause: Micros(cut.timings.pause_us), bytes, pages }
+        self.machine
+            .handle(PrimaryInput::GuestBusy { permille }, now());
+        PrimaryInput::CutDone {
+            epoch,
+            pause: Micros(cut.timings.pause_us),
+            bytes,
+            pages,
+        }
     }
 
     /// Packets first, port by port, looking at the clock before each; then the overlays.
@@ -550,7 +695,9 @@ impl PrimarySide {
         for port in &self.parts.ports {
             let late = now();
             if late >= until {
-                return Some(PrimaryInput::SelfStalled { for_: late.since(until) });
+                return Some(PrimaryInput::SelfStalled {
+                    for_: late.since(until),
+                });
             }
             port.release(through);
         }
@@ -575,7 +722,11 @@ impl PrimarySide {
         self.parts.ingress.close();
         if let Some(attempt) = self.attempt.take() {
             attempt.give_up();
-            self.shared.event(format!("runs unmirrored, generation {generation}"));
+            self.last_peer = Some((attempt.peer.clone(), attempt.generation));
+            if self.machine.status(now()).state == PrimaryState::Solo {
+                self.shared
+                    .event(format!("runs unmirrored, generation {generation}"));
+            }
             if self.solo.suspected_ns != 0 {
                 let mut solo = std::mem::take(&mut self.solo);
                 solo.running_ns = now_ns();
@@ -619,7 +770,9 @@ impl PrimarySide {
         match alert {
             Alert::Lagging { lag } => tracing::warn!("replication lag is {} ms", lag.0 / 1000),
             Alert::NotMirrored { reason } => self.shared.event(format!("not mirrored: {reason}")),
-            Alert::Refused { what, reason } => self.shared.event(format!("{what} refused: {reason}")),
+            Alert::Refused { what, reason } => {
+                self.shared.event(format!("{what} refused: {reason}"))
+            }
             other => self.shared.event(format!("{other:?}")),
         }
     }
@@ -640,7 +793,12 @@ impl PrimarySide {
             s.role = Role::Primary;
             s.state = format!("{:?}", status.state).to_lowercase();
             s.mirrored = status.mirrored;
-            s.protection = if self.wanted.is_some() { "mirrored" } else { "none" }.into();
+            s.protection = if self.wanted.is_some() {
+                "mirrored"
+            } else {
+                "none"
+            }
+            .into();
             s.partner = status.partner.clone().or_else(|| self.wanted.clone());
             s.generation = status.generation.0;
             s.epoch = status.epoch.0;
@@ -653,7 +811,12 @@ impl PrimarySide {
             s.qemu_pid = i32::try_from(self.parts.qemu.pid()).ok();
             s.resident_bytes = self.resident_bytes;
             s.console = Some(self.parts.paths.console.display().to_string());
-            s.disks = self.parts.images.iter().map(|p| p.display().to_string()).collect();
+            s.disks = self
+                .parts
+                .images
+                .iter()
+                .map(|p| p.display().to_string())
+                .collect();
         });
     }
 
@@ -667,7 +830,9 @@ impl PrimarySide {
             warnings.push("the guest stands still: the registry cannot be reached".into());
         }
         if let ClockStatus::Unrepaired { reason } = self.checkpointer.clock_status() {
-            warnings.push(format!("the guest's clock loses the time of every pause: {reason}"));
+            warnings.push(format!(
+                "the guest's clock loses the time of every pause: {reason}"
+            ));
         }
         warnings
     }

@@ -55,7 +55,9 @@ impl Shared {
             figures: Figures::default(),
             events: EventLog::default(),
         };
-        Self { inner: Mutex::new(inner) }
+        Self {
+            inner: Mutex::new(inner),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -42,11 +42,17 @@ impl Landing {
 
     /// The assembler.
     pub fn assembler(&self) -> MutexGuard<'_, EpochAssembler> {
-        self.assembler.lock().unwrap_or_else(PoisonError::into_inner)
+        self.assembler
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Put one page where it belongs. The index was checked when it was decoded.
-    pub fn put_page(ram: &mut RamImage, index: u64, content: PageContent<'_>) -> Result<(), String> {
+    pub fn put_page(
+        ram: &mut RamImage,
+        index: u64,
+        content: PageContent<'_>,
+    ) -> Result<(), String> {
         match content {
             PageContent::Zero => ram.zero_page(index).map_err(|e| e.to_string()),
             PageContent::Raw(page) => ram.write_page(index, page).map_err(|e| e.to_string()),
@@ -64,7 +70,13 @@ pub fn start(
     inbox: Sender<WorkerEvent>,
 ) -> std::io::Result<()> {
     let receive = move || {
-        let mut receiver = Receiver { landing, inbox, blocks: Some(BytesMut::new()) };
+        let blocks = Some(BytesMut::new());
+        let mut receiver = Receiver {
+            landing,
+            inbox,
+            blocks,
+            begun: Epoch::default(),
+        };
         while let Some(frame) = frames.blocking_recv() {
             let epoch = frame.epoch;
             if let Err(reason) = receiver.frame(frame) {
@@ -73,7 +85,10 @@ pub fn start(
             }
         }
     };
-    std::thread::Builder::new().name("epoch-recv".into()).spawn(receive).map(drop)
+    std::thread::Builder::new()
+        .name("epoch-recv".into())
+        .spawn(receive)
+        .map(drop)
 }
 
 struct Receiver {
@@ -81,6 +96,8 @@ struct Receiver {
     inbox: Sender<WorkerEvent>,
     /// The RAM blocks so far, until the first frame of another kind.
     blocks: Option<BytesMut>,
+    /// The newest epoch of which content has come.
+    begun: Epoch,
 }
 
 impl Receiver {
@@ -101,10 +118,19 @@ impl Receiver {
                 self.end_blocks();
                 self.seed_disk(&frame.payload)
             }
-            _ => {
+            kind => {
                 self.end_blocks();
-                let whole = self.landing.assembler().push(frame).map_err(|e| e.to_string())?;
+                if kind != FrameKind::Ingress && frame.epoch > self.begun {
+                    self.begun = frame.epoch;
+                    tracing::debug!(epoch = %self.begun, "epoch begins to come");
+                }
+                let whole = self
+                    .landing
+                    .assembler()
+                    .push(frame)
+                    .map_err(|e| e.to_string())?;
                 if let Some(epoch) = whole {
+                    tracing::debug!(epoch = %epoch.epoch, "epoch whole");
                     let _ = self.inbox.send(WorkerEvent::Whole(Box::new(epoch)));
                 }
                 Ok(())
@@ -117,7 +143,9 @@ impl Receiver {
             return Err("RAM blocks came twice".into());
         };
         if blocks.len() + piece.len() > BLOCKS_BYTES_MAX {
-            return Err(format!("RAM blocks outside the RAM file exceed {BLOCKS_BYTES_MAX} bytes"));
+            return Err(format!(
+                "RAM blocks outside the RAM file exceed {BLOCKS_BYTES_MAX} bytes"
+            ));
         }
         blocks.extend_from_slice(piece);
         Ok(())
@@ -146,8 +174,13 @@ impl Receiver {
         let sizes: Vec<u64> = self.landing.disks.iter().map(|d| d.len()).collect();
         for write in decode_disk_writes(batch, &sizes).map_err(|e| e.to_string())? {
             let (index, write) = from_wire(write);
-            let disk = self.landing.disks.get(index).ok_or("a write for a disk the VM has not")?;
-            disk.apply(self.landing.generation, &[write]).map_err(|e| e.to_string())?;
+            let disk = self
+                .landing
+                .disks
+                .get(index)
+                .ok_or("a write for a disk the VM has not")?;
+            disk.apply(self.landing.generation, &[write])
+                .map_err(|e| e.to_string())?;
         }
         Ok(())
     }

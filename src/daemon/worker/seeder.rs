@@ -93,8 +93,16 @@ struct Seeder {
 
 impl Seeder {
     fn new(job: SeedJob, shared: Arc<Shared>) -> Self {
-        let audit = job.audit.then(|| Audit::new(job.tracker.pages(), &job.disks));
-        Self { job, shared, audit, base: Vec::new(), progress: SeedingStatus::default() }
+        let audit = job
+            .audit
+            .then(|| Audit::new(job.tracker.pages(), &job.disks));
+        Self {
+            job,
+            shared,
+            audit,
+            base: Vec::new(),
+            progress: SeedingStatus::default(),
+        }
     }
 
     fn run(&mut self) -> Result<(), String> {
@@ -123,7 +131,11 @@ impl Seeder {
     }
 
     fn check_abort(&self) -> Result<(), String> {
-        if self.job.abort.load(Ordering::Relaxed) { Err("given up".into()) } else { Ok(()) }
+        if self.job.abort.load(Ordering::Relaxed) {
+            Err("given up".into())
+        } else {
+            Ok(())
+        }
     }
 
     fn send_disk(&mut self, index: usize, ranges: &[Range<u64>]) -> Result<(), String> {
@@ -131,7 +143,9 @@ impl Seeder {
             self.check_abort()?;
             let length = chunk.end - chunk.start;
             let offset = chunk.start;
-            let bytes = self.job.disks[index].read_base(chunk).map_err(|e| e.to_string())?;
+            let bytes = self.job.disks[index]
+                .read_base(chunk)
+                .map_err(|e| e.to_string())?;
             let data = WriteData::Data(bytes);
             if let Some(audit) = &mut self.audit {
                 audit.disk_write(index, offset, &data);
@@ -140,7 +154,8 @@ impl Seeder {
             let mut rest = &writes[..];
             while !rest.is_empty() {
                 let mut out = BytesMut::new();
-                let taken = encode_disk_writes(rest, self.job.mode, &mut out).map_err(|e| e.to_string())?;
+                let taken =
+                    encode_disk_writes(rest, self.job.mode, &mut out).map_err(|e| e.to_string())?;
                 rest = &rest[taken..];
                 self.put(FrameKind::SeedDisk, out.freeze())?;
             }
@@ -158,12 +173,18 @@ impl Seeder {
             epoch: Epoch::default(),
             payload,
         };
-        self.job.lane.send_blocking(frame).map_err(|e| e.to_string())
+        self.job
+            .lane
+            .send_blocking(frame)
+            .map_err(|e| e.to_string())
     }
 
     fn seed_memory(&mut self) -> Result<(), String> {
         let disk_bytes = self.progress.done_bytes;
-        let limits = SeedLimits { rounds_max: ROUNDS_MAX, small_pages: SMALL_PAGES };
+        let limits = SeedLimits {
+            rounds_max: ROUNDS_MAX,
+            small_pages: SMALL_PAGES,
+        };
         let mut batch: Vec<(u64, Page)> = Vec::with_capacity(BATCH_PAGES_MAX);
         let mut encoder = PageEncoder::new(self.job.mode);
         let (vm, generation, lane) = (self.job.vm, self.job.generation, Arc::clone(&self.job.lane));
@@ -171,10 +192,17 @@ impl Seeder {
             let mut pages = batch.iter().map(|(index, page)| (*index, page)).peekable();
             while pages.peek().is_some() {
                 let mut out = BytesMut::new();
-                encoder.encode(&mut pages, &mut out).map_err(|e| e.to_string())?;
+                encoder
+                    .encode(&mut pages, &mut out)
+                    .map_err(|e| e.to_string())?;
                 let payload = out.freeze();
-                let frame =
-                    Frame { kind: FrameKind::SeedPages, vm, generation, epoch: Epoch::default(), payload };
+                let frame = Frame {
+                    kind: FrameKind::SeedPages,
+                    vm,
+                    generation,
+                    epoch: Epoch::default(),
+                    payload,
+                };
                 lane.send_blocking(frame).map_err(|e| e.to_string())?;
             }
             batch.clear();
@@ -197,7 +225,11 @@ impl Seeder {
                     }
                 }
                 batch.push((index, *page));
-                if batch.len() == BATCH_PAGES_MAX { flush(&mut batch) } else { Ok(()) }
+                if batch.len() == BATCH_PAGES_MAX {
+                    flush(&mut batch)
+                } else {
+                    Ok(())
+                }
             },
             &mut |progress| {
                 status.round = progress.round;

@@ -4,6 +4,7 @@
 //! tables, because it is the one place that sees every page and write that is sent.
 
 use super::WorkerEvent;
+use crate::daemon::clock::now;
 use crate::interpose::audit::AuditTable;
 use crate::interpose::disk::{Disk, DiskWrite, WriteData};
 use crate::interpose::memory::{PAGE_SIZE, Page, Staging};
@@ -62,13 +63,18 @@ impl Audit {
     pub fn new(pages: u64, disks: &[Arc<Disk>]) -> Self {
         Self {
             memory: AuditTable::new(pages),
-            disks: disks.iter().map(|d| Some(AuditTable::new(d.len().div_ceil(PAGE_SIZE as u64)))).collect(),
+            disks: disks
+                .iter()
+                .map(|d| Some(AuditTable::new(d.len().div_ceil(PAGE_SIZE as u64))))
+                .collect(),
         }
     }
 
     /// Note what a write puts on disk `index`.
     pub fn disk_write(&mut self, index: usize, offset: u64, data: &WriteData) {
-        let Some(slot) = self.disks.get_mut(index) else { return };
+        let Some(slot) = self.disks.get_mut(index) else {
+            return;
+        };
         let Some(table) = slot else { return };
         let unit = PAGE_SIZE as u64;
         let length = match data {
@@ -82,8 +88,11 @@ impl Audit {
         for i in 0..length / unit {
             match data {
                 WriteData::Data(bytes) => {
-                    let at = usize::try_from(i).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE);
-                    if let Some(block) = bytes.get(at..).and_then(|b| b.first_chunk::<PAGE_SIZE>()) {
+                    let at = usize::try_from(i)
+                        .unwrap_or(usize::MAX)
+                        .saturating_mul(PAGE_SIZE);
+                    if let Some(block) = bytes.get(at..).and_then(|b| b.first_chunk::<PAGE_SIZE>())
+                    {
                         table.update(offset / unit + i, block);
                     }
                 }
@@ -93,9 +102,15 @@ impl Audit {
     }
 
     fn sums(&self) -> Option<AuditSums> {
-        let disks: Option<Vec<u64>> =
-            self.disks.iter().map(|t| t.as_ref().map(AuditTable::sum)).collect();
-        Some(AuditSums { memory: self.memory.sum(), disks: disks? })
+        let disks: Option<Vec<u64>> = self
+            .disks
+            .iter()
+            .map(|t| t.as_ref().map(AuditTable::sum))
+            .collect();
+        Some(AuditSums {
+            memory: self.memory.sum(),
+            disks: disks?,
+        })
     }
 }
 
@@ -136,7 +151,9 @@ pub struct SenderConfig {
 pub fn start(config: SenderConfig) -> std::io::Result<SenderHandle> {
     // One epoch is under way and one may be handed over ahead (mirror::MAX_IN_FLIGHT).
     let (jobs, queue) = sync_channel(crate::mirror::MAX_IN_FLIGHT);
-    std::thread::Builder::new().name("epoch-send".into()).spawn(move || serve(config, &queue))?;
+    std::thread::Builder::new()
+        .name("epoch-send".into())
+        .spawn(move || serve(config, &queue))?;
     Ok(SenderHandle { jobs })
 }
 
@@ -146,14 +163,23 @@ fn serve(mut config: SenderConfig, queue: &Receiver<EpochJob>) {
         let result = send(&mut config, &mut writer, &mut job);
         let mut staging = job.staging;
         staging.clear();
-        let done = SentEpoch { epoch: job.epoch, generation: config.generation, staging, result };
+        let done = SentEpoch {
+            epoch: job.epoch,
+            generation: config.generation,
+            staging,
+            result,
+        };
         if config.inbox.send(WorkerEvent::Sent(done)).is_err() {
             return;
         }
     }
 }
 
-fn send(config: &mut SenderConfig, writer: &mut EpochWriter, job: &mut EpochJob) -> Result<u64, String> {
+fn send(
+    config: &mut SenderConfig,
+    writer: &mut EpochWriter,
+    job: &mut EpochJob,
+) -> Result<u64, String> {
     let mut bytes = 0;
     let lane = Arc::clone(&config.lane);
     let mut put = |frame: Frame| -> Result<(), SendError> {
@@ -161,17 +187,26 @@ fn send(config: &mut SenderConfig, writer: &mut EpochWriter, job: &mut EpochJob)
         lane.send_blocking(frame)
     };
     let words = |e: WriteError<SendError>| e.to_string();
-    writer.begin(job.epoch);
+    let epoch = job.epoch;
+    tracing::debug!(%epoch, pages = job.staging.len_pages(), queued = lane.queued_bytes(), "epoch to the lane");
+    writer.begin(epoch);
     writer.pages(job.staging.iter(), &mut put).map_err(words)?;
     for (index, ranges) in job.base.iter().enumerate() {
         for chunk in ranges.iter().flat_map(|r| chunks(r.clone())) {
             let offset = chunk.start;
-            let data = config.disks[index].read_base(chunk).map_err(|e| e.to_string())?;
-            let write = DiskWrite { offset, data: WriteData::Data(data) };
+            let data = config.disks[index]
+                .read_base(chunk)
+                .map_err(|e| e.to_string())?;
+            let write = DiskWrite {
+                offset,
+                data: WriteData::Data(data),
+            };
             if let Some(audit) = &mut config.audit {
                 audit.disk_write(index, write.offset, &write.data);
             }
-            writer.disk(&[to_wire(index, write)], &mut put).map_err(words)?;
+            writer
+                .disk(&[to_wire(index, write)], &mut put)
+                .map_err(words)?;
         }
     }
     for (index, writes) in std::mem::take(&mut job.writes).into_iter().enumerate() {
@@ -185,14 +220,27 @@ fn send(config: &mut SenderConfig, writer: &mut EpochWriter, job: &mut EpochJob)
             writer.disk(&writes, &mut put).map_err(words)?;
         }
     }
-    writer.device_state(job.device_state.clone(), &mut put).map_err(words)?;
+    writer
+        .device_state(job.device_state.clone(), &mut put)
+        .map_err(words)?;
     if let Some(audit) = &mut config.audit {
         for (index, page) in job.staging.iter() {
             audit.memory.update(index, page);
         }
         job.meta.audit = audit.sums();
     }
+    // The lease counts from here: the standby cannot acknowledge before it has the end.
+    let closing = WorkerEvent::Closing {
+        generation: config.generation,
+        epoch,
+        at: now(),
+    };
+    config
+        .inbox
+        .send(closing)
+        .map_err(|_| "the worker has ended".to_owned())?;
     writer.finish(&job.meta, &mut put).map_err(words)?;
+    tracing::debug!(%epoch, bytes, queued = lane.queued_bytes(), "epoch in the lane");
     Ok(bytes)
 }
 
@@ -224,7 +272,13 @@ pub fn from_wire(write: codec::DiskWrite) -> (usize, DiskWrite) {
         DiskOp::Zero { length } => WriteData::Zero(length),
         DiskOp::Trim { length } => WriteData::Trim(length),
     };
-    (usize::from(write.disk), DiskWrite { offset: write.offset, data })
+    (
+        usize::from(write.disk),
+        DiskWrite {
+            offset: write.offset,
+            data,
+        },
+    )
 }
 
 /// One guest page's worth of zeros.

@@ -1,12 +1,12 @@
 //! The side that waits: carries out what [`mirror::Standby`](crate::mirror::Standby) decides.
 
-use super::verify::audit;
 use super::ingress;
 use super::parts::Parts;
 use super::primary::PrimarySide;
 use super::publish::Shared;
 use super::receiver::{self, FIRST_EPOCH, Landing};
 use super::sender::from_wire;
+use super::verify::audit;
 use super::{Env, Peer, WorkerConfig, WorkerEvent};
 use crate::api::types::{Failover, Role};
 use crate::daemon::clock::{now, now_ns};
@@ -94,7 +94,10 @@ fn sync_behind(disks: &[Arc<Disk>]) {
             }
         }
     };
-    if let Err(e) = std::thread::Builder::new().name("disk-sync".into()).spawn(sync) {
+    if let Err(e) = std::thread::Builder::new()
+        .name("disk-sync".into())
+        .spawn(sync)
+    {
         tracing::warn!("no thread to sync the promoted disks: {e}");
     }
 }
@@ -181,7 +184,10 @@ impl<'a> StandbySide<'a> {
             blocks: None,
             whole: VecDeque::new(),
             last: None,
-            failover: Failover { kind: "failover".into(), ..Failover::default() },
+            failover: Failover {
+                kind: "failover".into(),
+                ..Failover::default()
+            },
             lane_seen: false,
             published_at: Micros::ZERO,
             measured_at: Micros::ZERO,
@@ -198,7 +204,8 @@ impl<'a> StandbySide<'a> {
         self.input(StandbyInput::ShellReady);
         self.publish(true);
         while !self.over && self.promoted.is_none() {
-            let wake = Duration::from_micros(self.machine.next_wakeup().since(now()).0).min(SLEEP_MAX);
+            let wake =
+                Duration::from_micros(self.machine.next_wakeup().since(now()).0).min(SLEEP_MAX);
             let state = self.machine.status(now()).state;
             match inbox.recv_timeout(wake) {
                 Ok(event) => self.event(event),
@@ -208,7 +215,8 @@ impl<'a> StandbySide<'a> {
             self.input(StandbyInput::Tick);
             let after = self.machine.status(now()).state;
             if after != state {
-                self.shared.event(format!("{state:?} -> {after:?}").to_lowercase());
+                self.shared
+                    .event(format!("{state:?} -> {after:?}").to_lowercase());
             }
             self.publish(after != state);
         }
@@ -225,7 +233,8 @@ impl<'a> StandbySide<'a> {
         ) {
             Ok(side) => Some(Box::new(side)),
             Err(e) => {
-                self.shared.event(format!("the promoted VM cannot be looked after: {e}"));
+                self.shared
+                    .event(format!("the promoted VM cannot be looked after: {e}"));
                 None
             }
         }
@@ -240,14 +249,22 @@ impl<'a> StandbySide<'a> {
                 )));
             }
             WorkerEvent::LinkUp(partner) if partner == self.primary => {
-                self.peer.say(self.config.spec.uuid, self.generation, &ControlMsg::StandbyHere);
+                self.peer.say(
+                    self.config.spec.uuid,
+                    self.generation,
+                    &ControlMsg::StandbyHere,
+                );
                 self.input(StandbyInput::LinkUp);
             }
             WorkerEvent::LinkDown(partner, reason) if partner == self.primary => {
                 self.landing.assembler().reset();
                 self.input(StandbyInput::LinkDown { reason });
             }
-            WorkerEvent::Verdict { partner, verdict, last_heard_ns } if partner == self.primary => {
+            WorkerEvent::Verdict {
+                partner,
+                verdict,
+                last_heard_ns,
+            } if partner == self.primary => {
                 if verdict == crate::mirror::Verdict::Lost {
                     self.failover.last_heard_ns = last_heard_ns;
                     self.failover.suspected_ns = now_ns();
@@ -256,9 +273,15 @@ impl<'a> StandbySide<'a> {
             }
             WorkerEvent::Stalled(for_) => {
                 let micros = u64::try_from(for_.as_micros()).unwrap_or(u64::MAX);
-                self.input(StandbyInput::SelfStalled { for_: Micros(micros) });
+                self.input(StandbyInput::SelfStalled {
+                    for_: Micros(micros),
+                });
             }
-            WorkerEvent::Control { from, generation, message } if from == self.primary => {
+            WorkerEvent::Control {
+                from,
+                generation,
+                message,
+            } if from == self.primary => {
                 self.control_message(generation, message);
             }
             WorkerEvent::Lane { generation, rx } if generation == self.generation => {
@@ -269,7 +292,9 @@ impl<'a> StandbySide<'a> {
                 }
                 self.lane_seen = true;
                 if let Err(e) = receiver::start(self.landing.clone(), rx, self.inbox.clone()) {
-                    self.input(StandbyInput::ShellFailed { reason: e.to_string() });
+                    self.input(StandbyInput::ShellFailed {
+                        reason: e.to_string(),
+                    });
                 }
             }
             WorkerEvent::Blocks(blocks) => self.blocks = Some(blocks),
@@ -282,12 +307,26 @@ impl<'a> StandbySide<'a> {
                 self.landing.assembler().reset();
                 self.input(StandbyInput::EpochBad { epoch, reason });
             }
-            WorkerEvent::Claim { ticket, outcome, asked_ns } => {
+            WorkerEvent::Claim {
+                ticket,
+                outcome,
+                asked_ns,
+            } => {
                 self.failover.claim_started_ns = asked_ns;
                 self.failover.claim_won_ns = now_ns();
                 self.input(StandbyInput::ClaimResult { ticket, outcome });
             }
-            WorkerEvent::QemuExit { reason, .. } => {
+            WorkerEvent::DaemonEnds => {
+                self.peer.say(
+                    self.config.spec.uuid,
+                    self.generation,
+                    &ControlMsg::StandbyGone {
+                        reason: "its daemon was told to end".into(),
+                    },
+                );
+                self.over = true;
+            }
+            WorkerEvent::QemuExit { reason } => {
                 self.input(StandbyInput::StandbyGuestDied { reason });
             }
             _ => {}
@@ -297,7 +336,10 @@ impl<'a> StandbySide<'a> {
     fn control_message(&mut self, generation: Generation, message: ControlMsg) {
         match message {
             ControlMsg::MirrorConfirmed { epoch } => {
-                self.input(StandbyInput::MirrorConfirmed { generation, epoch: Epoch(epoch) });
+                self.input(StandbyInput::MirrorConfirmed {
+                    generation,
+                    epoch: Epoch(epoch),
+                });
             }
             ControlMsg::Handover { epoch } => {
                 self.failover.kind = "switchover".into();
@@ -305,7 +347,10 @@ impl<'a> StandbySide<'a> {
                 self.failover.last_heard_ns = self.failover.suspected_ns;
                 self.failover.claim_started_ns = self.failover.suspected_ns;
                 self.failover.claim_won_ns = self.failover.suspected_ns;
-                self.input(StandbyInput::Handover { generation, epoch: Epoch(epoch) });
+                self.input(StandbyInput::Handover {
+                    generation,
+                    epoch: Epoch(epoch),
+                });
             }
             ControlMsg::PrimaryGone { reason } => {
                 self.failover.suspected_ns = now_ns();
@@ -341,7 +386,11 @@ impl<'a> StandbySide<'a> {
                 let mut assembler = self.landing.assembler();
                 assembler.reset();
             }
-            StandbyAction::Claim { ticket, expected, value } => {
+            StandbyAction::Claim {
+                ticket,
+                expected,
+                value,
+            } => {
                 let reply = self.claim_reply(ticket);
                 self.env.claims.claim(vm, Some(expected), value, reply);
             }
@@ -349,7 +398,11 @@ impl<'a> StandbySide<'a> {
                 let reply = self.claim_reply(ticket);
                 self.env.claims.read(vm, reply);
             }
-            StandbyAction::Promote { generation, epoch, record } => {
+            StandbyAction::Promote {
+                generation,
+                epoch,
+                record,
+            } => {
                 return Some(match self.promote(generation, epoch) {
                     Ok(control) => {
                         self.promoted = Some((control, record));
@@ -364,7 +417,9 @@ impl<'a> StandbySide<'a> {
                     StandbyEnd::Dismissed => "dismissed".to_owned(),
                     StandbyEnd::NotNamed { reason } => reason,
                     StandbyEnd::Broken { reason } => {
-                        let message = ControlMsg::StandbyGone { reason: reason.clone() };
+                        let message = ControlMsg::StandbyGone {
+                            reason: reason.clone(),
+                        };
                         self.peer.say(vm, self.generation, &message);
                         reason
                     }
@@ -373,7 +428,8 @@ impl<'a> StandbySide<'a> {
             }
             StandbyAction::TellBroken { reason } => {
                 self.shared.event(format!("standby broken: {reason}"));
-                self.peer.say(vm, self.generation, &ControlMsg::StandbyGone { reason });
+                self.peer
+                    .say(vm, self.generation, &ControlMsg::StandbyGone { reason });
             }
             StandbyAction::Alert(alert) => match alert {
                 Alert::Refused { what, reason } => {
@@ -389,7 +445,11 @@ impl<'a> StandbySide<'a> {
         let inbox = self.inbox.clone();
         let asked_ns = now_ns();
         Box::new(move |outcome| {
-            let _ = inbox.send(WorkerEvent::Claim { ticket, outcome, asked_ns });
+            let _ = inbox.send(WorkerEvent::Claim {
+                ticket,
+                outcome,
+                asked_ns,
+            });
         })
     }
 
@@ -405,7 +465,11 @@ impl<'a> StandbySide<'a> {
     }
 
     fn try_apply(&mut self, epoch: Epoch) -> Result<(), String> {
-        let received = self.whole.pop_front().filter(|r| r.epoch == epoch).ok_or("it is not here")?;
+        let received = self
+            .whole
+            .pop_front()
+            .filter(|r| r.epoch == epoch)
+            .ok_or("it is not here")?;
         let arrived_ns = now_ns();
         {
             let mut ram = self.landing.ram();
@@ -417,7 +481,10 @@ impl<'a> StandbySide<'a> {
         let mut per_disk = vec![Vec::new(); self.landing.disks.len()];
         for write in received.disk {
             let (index, write) = from_wire(write);
-            per_disk.get_mut(index).ok_or("a write for a disk the VM has not")?.push(write);
+            per_disk
+                .get_mut(index)
+                .ok_or("a write for a disk the VM has not")?
+                .push(write);
         }
         for (disk, writes) in self.landing.disks.iter().zip(&per_disk) {
             disk.apply(self.generation, writes).map_err(say)?;
@@ -434,11 +501,19 @@ impl<'a> StandbySide<'a> {
     }
 
     fn promote(&mut self, generation: Generation, epoch: Epoch) -> Result<Qmp, String> {
-        let last = self.last.take().filter(|l| l.epoch == epoch).ok_or_else(|| {
-            format!("epoch {epoch} is not the newest applied one")
-        })?;
-        let prefix = self.blocks.take().ok_or("the RAM blocks outside the RAM file never came")?;
-        let incoming = self.incoming.take().ok_or("this standby was promoted before")?;
+        let last = self
+            .last
+            .take()
+            .filter(|l| l.epoch == epoch)
+            .ok_or_else(|| format!("epoch {epoch} is not the newest applied one"))?;
+        let prefix = self
+            .blocks
+            .take()
+            .ok_or("the RAM blocks outside the RAM file never came")?;
+        let incoming = self
+            .incoming
+            .take()
+            .ok_or("this standby was promoted before")?;
         self.failover.promote_started_ns = now_ns();
         self.failover.from_epoch = epoch.0;
         self.failover.from_generation = self.generation.0;
@@ -465,7 +540,8 @@ impl<'a> StandbySide<'a> {
         }
         sync_behind(&self.parts.disks);
         self.failover.replayed = self.replay(last.ingress);
-        self.shared.event(format!("promoted from epoch {epoch}: {timings:?}"));
+        self.shared
+            .event(format!("promoted from epoch {epoch}: {timings:?}"));
         self.shared.failover(self.failover.clone());
         Ok(control)
     }
@@ -515,7 +591,12 @@ impl<'a> StandbySide<'a> {
             s.lag_us = status.since_ack.map(|t| t.0);
             s.qemu_pid = i32::try_from(self.parts.qemu.pid()).ok();
             s.resident_bytes = self.resident_bytes;
-            s.disks = self.parts.images.iter().map(|p| p.display().to_string()).collect();
+            s.disks = self
+                .parts
+                .images
+                .iter()
+                .map(|p| p.display().to_string())
+                .collect();
             s.warnings = Vec::new();
             s.console = None;
         });

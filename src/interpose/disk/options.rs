@@ -15,7 +15,7 @@ pub enum Mode {
         /// The epoch that runs from now.
         epoch: Epoch,
     },
-    /// Standby's copy: reads served, guest writes refused, [`Disk::apply`] writes.
+    /// Standby's copy: reads served, guest writes refused, [`super::Disk::apply`] writes.
     Standby,
     /// Deposed or shut down: everything is refused. What was committed before is still written.
     Stopped,

@@ -2,7 +2,7 @@
 //!
 //! On the primary a [`Tracker`] watches QEMU's mapping of the RAM file and at
 //! each checkpoint copies the pages that were written since the last one into
-//! a [`Staging`] buffer. [`seed`] makes the first full copy while the guest
+//! a [`Staging`] buffer. [`seed()`] makes the first full copy while the guest
 //! runs. On the standby a [`RamImage`] takes the pages.
 //!
 //! # Invariant: no dirty page is ever forgotten

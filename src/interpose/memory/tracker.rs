@@ -271,7 +271,7 @@ fn micros(time: Duration) -> u64 {
 impl Tracker {
     /// Starts tracking what process `pid` writes to its RAM, the file at
     /// `ram_path` of `ram_len` bytes. From the return on every write is seen;
-    /// what was written before is for [`super::seed`] to copy.
+    /// what was written before is for [`super::seed()`] to copy.
     pub fn attach(pid: i32, ram_path: &Path, ram_len: u64) -> Result<Self, TrackError> {
         let view = RamView::open(ram_path, ram_len)?;
         let mappings = ram_mappings(pid, &view)?;

@@ -242,13 +242,13 @@ impl Primary {
                 ..
             } => self.cut_done(epoch, pause, pages),
             PrimaryInput::CutFailed { epoch, reason } => self.cut_failed(epoch, &reason),
-            PrimaryInput::Sent { epoch } => {
+            PrimaryInput::Sent { epoch, at } => {
                 for flight in self
                     .in_flight
                     .iter_mut()
                     .filter(|flight| flight.epoch == epoch)
                 {
-                    flight.sent_at = self.now;
+                    flight.sent_at = at.min(self.now);
                 }
             }
             PrimaryInput::SendFailed { epoch, reason } => {

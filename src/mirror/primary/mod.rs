@@ -138,6 +138,9 @@ pub enum PrimaryInput {
     Sent {
         /// Which one.
         epoch: Epoch,
+        /// Just before it was handed over, whenever this is told: told late, the lease
+        /// must not count from the telling.
+        at: Micros,
     },
     /// The epoch cannot be sent.
     SendFailed {

@@ -187,6 +187,26 @@ fn a_stale_acknowledgement_releases_with_the_next_fresh_one() {
 }
 
 #[test]
+fn the_lease_counts_from_the_sending_however_late_it_is_told() {
+    let sent_after = |told_late: Micros| {
+        let mut bench = Bench::mirrored();
+        bench.until_cut();
+        bench.cut_done(2);
+        // A big epoch: encoding it takes longer than an acknowledgement is good for.
+        bench.now = bench.now + Micros::from_millis(130);
+        let at = bench.now;
+        bench.now = bench.now + told_late;
+        bench.put(PrimaryInput::Sent {
+            epoch: Epoch(2),
+            at,
+        });
+        releases(&bench.ack(2))
+    };
+    assert_eq!(sent_after(Micros::from_millis(1)), [2]);
+    assert!(sent_after(Micros::from_millis(130)).is_empty());
+}
+
+#[test]
 fn a_frozen_primary_asks_before_it_releases() {
     let mut bench = Bench::mirrored();
     bench.until_cut();

@@ -1,11 +1,13 @@
-//! Answers the API: a thin layer over [`Host`].
+//! Answers the API ([`crate::api`]): a thin layer over [`Host`].
 //!
 //! Handlers decide nothing; they parse, call, and turn refusals into HTTP: 400 for a
 //! request that cannot be understood, 409 for one that cannot be done now.
 
-use super::BODY_BYTES_MAX;
-use super::types::{ApiError, CreateVm, Done, HostInfo, HostStatus, LinkConfig, Protect, VmStatus};
-use crate::daemon::{Host, VmCommand};
+use super::{Host, VmCommand};
+use crate::api::BODY_BYTES_MAX;
+use crate::api::types::{
+    ApiError, CreateVm, Done, HostInfo, HostStatus, LinkConfig, Protect, Start, VmStatus,
+};
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request, State};
 use axum::http::StatusCode;
@@ -49,7 +51,12 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
 fn refuse(rejection: &JsonRejection) -> Refusal {
     Refusal(
         StatusCode::BAD_REQUEST,
-        ApiError { error: format!("the request's body is not understood: {}", rejection.body_text()) },
+        ApiError {
+            error: format!(
+                "the request's body is not understood: {}",
+                rejection.body_text()
+            ),
+        },
     )
 }
 
@@ -74,7 +81,13 @@ pub fn router(host: Arc<Host>) -> Router {
 async fn no_such_path(request: Request) -> Refusal {
     Refusal(
         StatusCode::NOT_FOUND,
-        ApiError { error: format!("the API has no {} {}", request.method(), request.uri().path()) },
+        ApiError {
+            error: format!(
+                "the API has no {} {}",
+                request.method(),
+                request.uri().path()
+            ),
+        },
     )
 }
 
@@ -86,7 +99,9 @@ async fn blocking<T: Send + 'static>(
         Ok(result) => Ok(Json(result?)),
         Err(e) => Err(Refusal(
             StatusCode::INTERNAL_SERVER_ERROR,
-            ApiError { error: format!("the daemon failed on this request: {e}; see its log") },
+            ApiError {
+                error: format!("the daemon failed on this request: {e}; see its log"),
+            },
         )),
     }
 }
@@ -131,8 +146,12 @@ async fn vm_delete(State(host): State<Arc<Host>>, Path(name): Path<String>) -> A
     blocking(move || host.vm_delete(&name)).await
 }
 
-async fn vm_start(State(host): State<Arc<Host>>, Path(name): Path<String>) -> Answer<Done> {
-    blocking(move || host.vm_start(&name)).await
+async fn vm_start(
+    State(host): State<Arc<Host>>,
+    Path(name): Path<String>,
+    Body(start): Body<Start>,
+) -> Answer<Done> {
+    blocking(move || host.vm_start(&name, start.force)).await
 }
 
 async fn vm_protect(

@@ -1,0 +1,287 @@
+//! What a host does with its VMs when the operator asks.
+
+use super::{Host, VmEntry, lock, refused};
+use crate::api::types::{ApiError, Done, Role, VmStatus};
+use crate::daemon::worker::{self, Begin, Shared, VmCommand, WorkerConfig, WorkerEvent};
+use crate::mirror::{ClaimOutcome, VmRecord};
+use crate::pool::HostName;
+use crate::pool::spec::{Boot, Protection, VmSpec};
+use crate::registry::Versioned;
+use crate::vm::argv::Accel;
+use crate::vm::{accel, probe};
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant};
+
+/// How long a VM's start may take before its caller is told to look at the status.
+const START_DEADLINE: Duration = Duration::from_secs(25);
+/// How long an operator's command may wait for its worker.
+const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the workers of an ending daemon may take to put their VMs away.
+const END_DEADLINE: Duration = Duration::from_secs(10);
+/// Pause between two looks at them.
+const END_POLL: Duration = Duration::from_millis(10);
+
+impl Host {
+    /// Know a VM by its spec.
+    pub(super) fn know(&self, spec: Arc<VmSpec>) -> Arc<Shared> {
+        let mut vms = lock(&self.vms);
+        let entry = vms.entry(spec.uuid).or_insert_with(|| VmEntry {
+            shared: Arc::new(Shared::stopped(&spec)),
+            spec: Arc::clone(&spec),
+        });
+        entry.spec = spec;
+        Arc::clone(&entry.shared)
+    }
+
+    /// The daemon is told to end: mirrored VMs go on at their standbys, all others are
+    /// powered off. Returns when no VM is left here.
+    pub fn put_away(&self) {
+        self.env.routes.send_all(|| WorkerEvent::DaemonEnds);
+        let begun = Instant::now();
+        while !self.env.routes.is_empty() && begun.elapsed() < END_DEADLINE {
+            std::thread::sleep(END_POLL);
+        }
+    }
+
+    fn find(&self, name: &str) -> Result<(Arc<VmSpec>, Arc<Shared>), ApiError> {
+        let vms = lock(&self.vms);
+        vms.values()
+            .find(|e| e.spec.name.as_str() == name || e.spec.uuid.to_string() == name)
+            .map(|e| (Arc::clone(&e.spec), Arc::clone(&e.shared)))
+            .ok_or_else(|| {
+                let known: Vec<_> = vms.values().map(|e| e.spec.name.as_str()).collect();
+                let known = if known.is_empty() {
+                    "none".into()
+                } else {
+                    known.join(", ")
+                };
+                refused(format!(
+                    "host {} knows no VM `{name}`; it knows: {known}",
+                    self.env.config.name
+                ))
+            })
+    }
+
+    /// One VM's status.
+    ///
+    /// # Errors
+    /// If there is no such VM.
+    pub fn vm_status(&self, name: &str) -> Result<VmStatus, ApiError> {
+        Ok(self.find(name)?.1.snapshot())
+    }
+
+    /// One VM's spec, TOML with all defaults.
+    ///
+    /// # Errors
+    /// If there is no such VM.
+    pub fn vm_spec(&self, name: &str) -> Result<String, ApiError> {
+        Ok(self.find(name)?.0.to_toml())
+    }
+
+    /// Take in a VM's spec.
+    ///
+    /// # Errors
+    /// If the spec is wrong, or another VM has its name or uuid.
+    pub fn vm_create(&self, text: &str, origin: &str) -> Result<Done, ApiError> {
+        let (spec, notes) = VmSpec::parse_with_notes(text, origin).map_err(refused)?;
+        if spec.protection == Protection::Mirrored {
+            crate::vm::admission::check_spec(&spec).map_err(refused)?;
+        }
+        for entry in lock(&self.vms).values() {
+            let (name, uuid) = (&entry.spec.name, entry.spec.uuid);
+            if *name == spec.name || uuid == spec.uuid {
+                return Err(refused(format!(
+                    "VM `{name}` with uuid {uuid} is here already; `pollux vm delete {name}` first, or choose another name and uuid"
+                )));
+            }
+        }
+        self.store.put_spec(&spec).map_err(refused)?;
+        self.know(Arc::new(spec));
+        Ok(Done {
+            notes: notes.iter().map(ToString::to_string).collect(),
+        })
+    }
+
+    /// Forget a VM that does not run here. Its images stay.
+    ///
+    /// # Errors
+    /// If there is no such VM or it is not stopped.
+    pub fn vm_delete(&self, name: &str) -> Result<Done, ApiError> {
+        let (spec, shared) = self.find(name)?;
+        let role = shared.snapshot().role;
+        if role != Role::Stopped {
+            return Err(refused(format!(
+                "VM `{name}` is {role:?} here; stop it first with `pollux vm stop {name}`"
+            )));
+        }
+        self.store.delete_spec(&spec).map_err(refused)?;
+        lock(&self.vms).remove(&spec.uuid);
+        Ok(Done {
+            notes: vec!["its disk images were left in place".into()],
+        })
+    }
+
+    /// Start a VM here.
+    ///
+    /// # Errors
+    /// If it runs, another host may run it, the registry cannot be reached, or QEMU does not start.
+    pub fn vm_start(&self, name: &str, force: bool) -> Result<Done, ApiError> {
+        let (spec, shared) = self.find(name)?;
+        if shared.snapshot().role != Role::Stopped {
+            return Err(refused(format!(
+                "VM `{name}` is here already; see `pollux vm show {name}`"
+            )));
+        }
+        let record = self.claim_start(&spec, force)?;
+        let generation = record.value.generation;
+        let partner = (spec.protection == Protection::Mirrored)
+            .then(|| self.partner_for(&spec).ok())
+            .flatten();
+        let machines = &self.qemu.machines;
+        let machine = probe::common_machine(&spec, machines, machines).map_err(refused)?;
+        let accel = self.choose_accel(&spec, &shared)?;
+        let config = WorkerConfig {
+            spec: Arc::clone(&spec),
+            machine,
+            accel,
+            partner,
+        };
+        let (tx, rx) = sync_channel(1);
+        worker::start(
+            Arc::clone(&self.env),
+            config,
+            Begin::Primary { record },
+            shared,
+            move |r| {
+                let _ = tx.send(r);
+            },
+        )
+        .map_err(refused)?;
+        match rx.recv_timeout(START_DEADLINE) {
+            Ok(Ok(())) => Ok(Done::default()),
+            Ok(Err(reason)) => Err(refused(format!(
+                "VM `{name}` did not start (generation {generation}): {reason}"
+            ))),
+            Err(_) => Err(refused(format!(
+                "VM `{name}` is still starting after {} s; look at `pollux vm show {name}`",
+                START_DEADLINE.as_secs()
+            ))),
+        }
+    }
+
+    fn choose_accel(&self, spec: &VmSpec, shared: &Shared) -> Result<Accel, ApiError> {
+        let mut kernels = accel::host_kernels();
+        if let Boot::Kernel { kernel, .. } = &spec.boot {
+            kernels.insert(0, kernel.clone());
+        }
+        let cache = &self.env.config.state_dir;
+        let verdict =
+            accel::choose_accel(spec.accel, &self.qemu, &kernels, cache).map_err(refused)?;
+        shared.event(format!(
+            "accelerator {:?}: {}",
+            verdict.accel, verdict.reason
+        ));
+        Ok(verdict.accel)
+    }
+
+    /// Win the right to start.
+    fn claim_start(&self, spec: &VmSpec, force: bool) -> Result<Versioned<VmRecord>, ApiError> {
+        let me = &self.env.config.name;
+        let previous = match self.env.claims.read_blocking(spec.uuid) {
+            ClaimOutcome::Lost(found) => found,
+            ClaimOutcome::Unreachable { reason } => return Err(refused(reason)),
+            ClaimOutcome::Won(record) => Some(record),
+        };
+        let value = VmRecord::start(me, previous.as_ref().map(|p| &p.value), force)
+            .map_err(|e| refused(format!("VM `{}`: {e}", spec.name)))?;
+        match self
+            .env
+            .claims
+            .claim_blocking(spec.uuid, previous.map(|p| p.version), value)
+        {
+            ClaimOutcome::Won(record) => Ok(record),
+            ClaimOutcome::Lost(now) => {
+                let by = now.map_or("somebody".into(), |n| n.value.owner.to_string());
+                Err(refused(format!(
+                    "{by} claimed VM `{}` at the same moment",
+                    spec.name
+                )))
+            }
+            ClaimOutcome::Unreachable { reason } => Err(refused(reason)),
+        }
+    }
+
+    /// The spec's partner, unless that is this host itself (the roles were swapped); else
+    /// the only one there is.
+    fn partner_for(&self, spec: &VmSpec) -> Result<HostName, ApiError> {
+        match &spec.mirror.partner {
+            Some(partner) if *partner != self.env.config.name => Ok(partner.clone()),
+            _ => self.only_partner(),
+        }
+    }
+
+    fn only_partner(&self) -> Result<HostName, ApiError> {
+        let partners = lock(&self.partners);
+        let mut names = partners.keys();
+        match (names.next(), names.next()) {
+            (Some(only), None) => Ok(only.clone()),
+            (None, _) => Err(refused(
+                "this host has no partner; make a link with `pollux link create`",
+            )),
+            _ => Err(refused(
+                "this host has several partners; name one with --partner",
+            )),
+        }
+    }
+
+    /// Mirror a running VM.
+    ///
+    /// # Errors
+    /// If it does not run here or cannot be mirrored.
+    pub fn vm_protect(&self, name: &str, partner: Option<HostName>) -> Result<Done, ApiError> {
+        let (spec, _) = self.find(name)?;
+        if let Some(reason) = &self.cannot_mirror {
+            return Err(refused(format!(
+                "host {} cannot mirror: {reason}",
+                self.env.config.name
+            )));
+        }
+        let partner = match partner {
+            Some(partner) => partner,
+            None => self.partner_for(&spec)?,
+        };
+        self.vm_command(name, VmCommand::Protect(partner))
+    }
+
+    /// Tell a VM's worker something.
+    ///
+    /// # Errors
+    /// If it does not run here, or the worker refuses.
+    pub fn vm_command(&self, name: &str, command: VmCommand) -> Result<Done, ApiError> {
+        let (spec, _) = self.find(name)?;
+        let (tx, rx) = tokio::sync::oneshot::channel();
+        if !self
+            .env
+            .routes
+            .send(spec.uuid, WorkerEvent::Command(command, tx))
+        {
+            return Err(refused(format!(
+                "VM `{name}` does not run on host {}; `pollux vm start {name}`, or ask the host that runs it",
+                self.env.config.name
+            )));
+        }
+        let answer = self
+            .runtime
+            .block_on(async { tokio::time::timeout(COMMAND_DEADLINE, rx).await });
+        match answer {
+            Ok(Ok(Ok(()))) => Ok(Done::default()),
+            Ok(Ok(Err(reason))) => Err(refused(format!("VM `{name}`: {reason}"))),
+            Ok(Err(_)) => Err(refused(format!("VM `{name}` ended while it was asked"))),
+            Err(_) => Err(refused(format!(
+                "VM `{name}` did not answer in {} s",
+                COMMAND_DEADLINE.as_secs()
+            ))),
+        }
+    }
+}
