@@ -102,9 +102,17 @@ fn measure(wanted: &[&str]) -> Result<()> {
     eprintln!("starting hosts and guest");
     let mut scene = Scene::up(guest)?;
     let mut figures = Vec::new();
+    let mut failed = None;
     for (name, section) in sections {
         eprintln!("{name} (load {})", load_average());
-        figures.extend(section(&mut scene).with_context(|| format!("section {name}"))?);
+        match section(&mut scene).with_context(|| format!("section {name}")) {
+            Ok(more) => figures.extend(more),
+            Err(e) => {
+                scene.explain();
+                failed = Some(e);
+                break;
+            }
+        }
     }
     drop(scene);
     let report = Report {
@@ -123,7 +131,7 @@ fn measure(wanted: &[&str]) -> Result<()> {
     }
     std::fs::write(&path, serde_json::to_string_pretty(&report)?)?;
     println!("also in {}", path.display());
-    Ok(())
+    failed.map_or(Ok(()), Err)
 }
 
 /// target/bench/numbers.json of the tree this program was built in.

@@ -20,6 +20,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// After protecting, before anything is measured: caches and pages of the seeding settle.
 const SETTLE: Duration = Duration::from_secs(1);
 
+/// Events and log lines of each host that explain a failure.
+const EXPLAIN_LINES: usize = 30;
+
 /// A lab with a VM.
 pub struct Scene {
     /// The drill's environment.
@@ -165,6 +168,24 @@ impl Scene {
         let load = Load::new(pipes, clients)?;
         load.wait_answers(MonotonicNs(0), STEP_MAX)?;
         Ok(load)
+    }
+
+    /// What each host says of the VM, and the end of its daemon's log, to standard error.
+    pub fn explain(&self) {
+        for (net, status) in self.statuses() {
+            eprintln!("host {}: {:?}, {}, generation {}", net.name, status.role, status.state, status.generation);
+            for event in status.events.iter().rev().take(EXPLAIN_LINES).rev() {
+                eprintln!("  {} ms {}", event.at_ns / 1_000_000, event.what);
+            }
+        }
+        for net in &self.hosts {
+            let log = std::fs::read_to_string(&net.daemon_log).unwrap_or_default();
+            eprintln!("log of host {}:", net.name);
+            let lines: Vec<&str> = log.lines().collect();
+            for line in &lines[lines.len().saturating_sub(EXPLAIN_LINES)..] {
+                eprintln!("  {line}");
+            }
+        }
     }
 
     /// The running side's figures of the epochs since it was protected.
