@@ -6,6 +6,7 @@ use super::cutting::Taking;
 use super::ingress;
 use super::parts::{self, Parts};
 use super::publish::Shared;
+use super::receiver::FIRST_EPOCH;
 use super::sender::{EpochJob, SentEpoch};
 use super::{Env, Peer, VmCommand, WorkerConfig, WorkerEvent};
 use crate::api::types::{Failover, Role};
@@ -58,7 +59,8 @@ pub struct PrimarySide {
     published_at: Micros,
     measured_at: Micros,
     resident_bytes: Option<u64>,
-    resumed_ns: u64,
+    /// The running epoch began: the last cut's end, or the beginning of the seeding.
+    pub(super) resumed_ns: u64,
     /// The guest powered itself off and stands.
     guest_off: GuestOff,
     /// Whom the last attempt was made with, for a word after its end.
@@ -460,7 +462,11 @@ impl PrimarySide {
         {
             let at = now_ns();
             while let Some(done) = attempt.in_flight.pop_front_if(|e| e.epoch <= epoch) {
-                self.shared.epoch(done.sample(at));
+                // The first is as long as the seeding and its pause finds the clocks: no
+                // figure of an epoch.
+                if done.epoch > FIRST_EPOCH {
+                    self.shared.epoch(done.sample(at));
+                }
             }
         }
         self.input(PrimaryInput::Acked { generation, epoch });
