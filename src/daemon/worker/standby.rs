@@ -481,6 +481,7 @@ impl<'a> StandbySide<'a> {
                 Landing::put_page(&mut ram, index, content)?;
             }
         }
+        let ram_ns = now_ns();
         let received = *received;
         let mut per_disk = vec![Vec::new(); self.landing.disks.len()];
         for write in received.disk {
@@ -493,6 +494,8 @@ impl<'a> StandbySide<'a> {
         for (disk, writes) in self.landing.disks.iter().zip(&per_disk) {
             disk.apply(self.generation, writes).map_err(say)?;
         }
+        let (ram_us, disk_us) = ((ram_ns - arrived_ns) / 1000, (now_ns() - ram_ns) / 1000);
+        tracing::debug!(%epoch, ram_us, disk_us, "epoch applied");
         if let Some(slots) = &self.slots {
             slots.give_back();
         }
