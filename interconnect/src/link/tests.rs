@@ -209,19 +209,21 @@ fn acknowledgements_can_go_straight_to_their_taker() {
 
 #[test]
 fn a_wrong_identity_is_refused_naming_both_fingerprints() {
-    // Whichever side has the wrong pin, both say so.
-    for dialler_is_wrong in [true, false] {
+    // Whichever side has the wrong pin, both say so, also if by that pin both dial or none.
+    for (dialler_is_wrong, roles_stay) in
+        [(true, true), (false, true), (true, false), (false, false)]
+    {
         let runtime = runtime();
         let (a, b) = sides(1);
         let other: Fingerprint = loop {
-            // Keep the roles: the pin decides who dials.
             let other = Identity::generate().unwrap().fingerprint();
             let (a, b) = (a.identity.fingerprint(), b.identity.fingerprint());
-            if if dialler_is_wrong {
+            let stay = if dialler_is_wrong {
                 other > a
             } else {
                 other < b
-            } {
+            };
+            if stay == roles_stay {
                 break other;
             }
         };
