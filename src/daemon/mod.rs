@@ -39,6 +39,11 @@ pub fn run(config_path: &Path) -> anyhow::Result<()> {
             std::io::Error::last_os_error()
         );
     }
+    // Outside of CPU cgroups that number only counts within the session (autogroups,
+    // sched(7)): weigh the session as a whole too, or any build in another one is our equal.
+    if let Err(e) = std::fs::write("/proc/self/autogroup", NICE.to_string()) {
+        tracing::debug!("no autogroup to weigh: {e}");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("io")

@@ -490,6 +490,7 @@ impl<'a> StandbySide<'a> {
                 Landing::put_page(&mut ram, index, content)?;
             }
         }
+        let ram_ns = now_ns();
         let received = *received;
         let mut per_disk = vec![Vec::new(); self.landing.disks.len()];
         for write in received.disk {
@@ -506,6 +507,8 @@ impl<'a> StandbySide<'a> {
                 self.syncer.written();
             }
         }
+        let (ram_us, disk_us) = ((ram_ns - arrived_ns) / 1000, (now_ns() - ram_ns) / 1000);
+        tracing::debug!(%epoch, ram_us, disk_us, "epoch applied");
         if let Some(slots) = &self.slots {
             slots.give_back();
         }
