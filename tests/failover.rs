@@ -38,18 +38,33 @@ fn alone() -> MutexGuard<'static, ()> {
 /// The folder of the test guest, built if it is missing.
 static IMAGES: LazyLock<PathBuf> = LazyLock::new(|| {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let built = Command::new(root.join("guest/build")).current_dir(root).output().unwrap();
-    assert!(built.status.success(), "guest/build: {}", String::from_utf8_lossy(&built.stderr));
+    let built = Command::new(root.join("guest/build"))
+        .current_dir(root)
+        .output()
+        .unwrap();
+    assert!(
+        built.status.success(),
+        "guest/build: {}",
+        String::from_utf8_lossy(&built.stderr)
+    );
     String::from_utf8(built.stdout).unwrap().trim().into()
 });
 
 fn guest(machine: &str) -> Guest {
-    Guest { machine: machine.into(), ..Guest::new(&IMAGES) }
+    Guest {
+        machine: machine.into(),
+        ..Guest::new(&IMAGES)
+    }
 }
 
 /// `pollux drill run`'s own defaults.
 fn load() -> Load {
-    Load { clients: 2, disk_iops: 200, mem_pages_s: 2000, net: false }
+    Load {
+        clients: 2,
+        disk_iops: 200,
+        mem_pages_s: 2000,
+        net: false,
+    }
 }
 
 fn env(guest: Guest) -> LabEnv {
@@ -66,7 +81,9 @@ fn pace() -> Pace {
 }
 
 fn drill(env: &mut LabEnv, kind: DrillKind, repeat: u32, service: Service) -> DrillReport {
-    let seed = std::env::var("POLLUX_SEED").ok().and_then(|s| s.parse().ok());
+    let seed = std::env::var("POLLUX_SEED")
+        .ok()
+        .and_then(|s| s.parse().ok());
     let since_boot = pollux::lab::MonotonicNs::now().0;
     let spec = DrillSpec {
         kind,
@@ -86,7 +103,9 @@ fn drill(env: &mut LabEnv, kind: DrillKind, repeat: u32, service: Service) -> Dr
 
 /// What the daemons said last, for the reader of a failed test.
 fn logs(env: &LabEnv) -> String {
-    let Ok(lab) = env.lab() else { return String::new() };
+    let Ok(lab) = env.lab() else {
+        return String::new();
+    };
     let mut all = String::new();
     for net in &lab.plan().hosts {
         let log = std::fs::read_to_string(&net.daemon_log).unwrap_or_default();
@@ -111,12 +130,22 @@ fn every_kind_of_failure_loses_nothing() {
         let report = drill(&mut env, kind, 2, Service::Counter);
         // What the report's own verdict may not be built on by mistake.
         assert_eq!(report.runs.len(), 2);
-        assert_eq!((report.missing_on_disk, report.damaged_on_disk), (Some(0), 0));
-        assert!(report.numbers.answers > 100, "{} answers", report.numbers.answers);
+        assert_eq!(
+            (report.missing_on_disk, report.damaged_on_disk),
+            (Some(0), 0)
+        );
+        assert!(
+            report.numbers.answers > 100,
+            "{} answers",
+            report.numbers.answers
+        );
         for run in &report.runs {
             let moved = run.to.as_ref() != Some(&run.from);
             assert!(moved || kind == DrillKind::CutLink);
-            assert_eq!(run.audit.is_some_and(|a| a.memory_equal && a.disks_equal), moved);
+            assert_eq!(
+                run.audit.is_some_and(|a| a.memory_equal && a.disks_equal),
+                moved
+            );
         }
     }
 }
@@ -124,7 +153,12 @@ fn every_kind_of_failure_loses_nothing() {
 #[test]
 fn redis_counts_on_over_three_failovers() {
     let _alone = alone();
-    let report = drill(&mut env(guest("auto")), DrillKind::KillHost, 3, Service::Redis);
+    let report = drill(
+        &mut env(guest("auto")),
+        DrillKind::KillHost,
+        3,
+        Service::Redis,
+    );
     assert_eq!(report.runs.len(), 3);
     assert!(report.runs.iter().all(|run| run.reprotected_us.is_some()));
 }
@@ -132,9 +166,16 @@ fn redis_counts_on_over_three_failovers() {
 #[test]
 fn two_processors_and_legacy_pci_fail_over() {
     let _alone = alone();
-    let guest = Guest { vcpus: 2, ..guest("q35") };
+    let guest = Guest {
+        vcpus: 2,
+        ..guest("q35")
+    };
     let report = drill(&mut env(guest), DrillKind::KillHost, 1, Service::Counter);
-    assert!(report.runs[0].audit.is_some_and(|a| a.memory_equal && a.disks_equal));
+    assert!(
+        report.runs[0]
+            .audit
+            .is_some_and(|a| a.memory_equal && a.disks_equal)
+    );
 }
 
 /// A mirrored VM, and a connection to its counter that must never break.
@@ -147,13 +188,22 @@ struct Bench {
 
 impl Bench {
     fn new(mut env: LabEnv) -> Self {
-        let setting = Setting { load: load(), service: Service::Counter, audit: true };
+        let setting = Setting {
+            load: load(),
+            service: Service::Counter,
+            audit: true,
+        };
         env.prepare(&setting, pace().prepare_max).unwrap();
         env.protect().unwrap();
         let primary = env.wait_mirrored(pace().mirror_max).unwrap();
         let stream = connect(&env);
         let number = env.ask_guest("GET").unwrap().parse().unwrap();
-        let mut bench = Self { env, primary, stream, number };
+        let mut bench = Self {
+            env,
+            primary,
+            stream,
+            number,
+        };
         bench.count(20);
         bench
     }
@@ -170,10 +220,20 @@ impl Bench {
         match self.stream.read_line(&mut line) {
             Ok(_) => {
                 self.number += 1;
-                assert_eq!(line.trim_end(), self.number.to_string(), "{}", logs(&self.env));
+                assert_eq!(
+                    line.trim_end(),
+                    self.number.to_string(),
+                    "{}",
+                    logs(&self.env)
+                );
                 true
             }
-            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) && line.is_empty() => false,
+            Err(e)
+                if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
+                    && line.is_empty() =>
+            {
+                false
+            }
             Err(e) => panic!("the connection broke: {e}\n{}", logs(&self.env)),
         }
     }
@@ -182,7 +242,11 @@ impl Bench {
     fn count(&mut self, times: u64) {
         for _ in 0..times {
             self.send();
-            assert!(self.take(common::PATIENCE), "no answer\n{}", logs(&self.env));
+            assert!(
+                self.take(common::PATIENCE),
+                "no answer\n{}",
+                logs(&self.env)
+            );
         }
     }
 
@@ -192,7 +256,11 @@ impl Bench {
 
     fn other(&self) -> HostName {
         let hosts = &self.env.lab().unwrap().plan().hosts;
-        hosts.iter().map(|h| h.name.clone()).find(|h| *h != self.primary.host).unwrap()
+        hosts
+            .iter()
+            .map(|h| h.name.clone())
+            .find(|h| *h != self.primary.host)
+            .unwrap()
     }
 
     /// Some side runs the VM after the tenure that was.
@@ -222,7 +290,12 @@ impl Bench {
         let _: Done = block(self.env.client(host).unwrap().post(&path, &())).unwrap();
     }
 
-    fn wait_status(&self, host: &HostName, what: &str, wanted: impl Fn(&VmStatus) -> bool) -> VmStatus {
+    fn wait_status(
+        &self,
+        host: &HostName,
+        what: &str,
+        wanted: impl Fn(&VmStatus) -> bool,
+    ) -> VmStatus {
         eventually(what, || self.env.status(host).filter(|s| wanted(s)))
     }
 
@@ -238,8 +311,18 @@ impl Bench {
     /// A host's taps.
     fn taps(&self, host: &HostName) -> String {
         let argv = ["ip", "-o", "link", "show", "type", "tun"];
-        let out = self.env.lab().unwrap().command(&Place::Host(host.clone()), &argv).output().unwrap();
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let out = self
+            .env
+            .lab()
+            .unwrap()
+            .command(&Place::Host(host.clone()), &argv)
+            .output()
+            .unwrap();
+        assert!(
+            out.status.success(),
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
         String::from_utf8(out.stdout).unwrap()
     }
 
@@ -248,7 +331,10 @@ impl Bench {
         let verdict = self.env.ask_guest("VERIFY").unwrap();
         assert!(verdict.starts_with("OK "), "{verdict}");
         let state = self.env.ask_guest("STATE").unwrap();
-        assert!(state.contains("disk_errors=0") && state.contains("memory_errors=0"), "{state}");
+        assert!(
+            state.contains("disk_errors=0") && state.contains("memory_errors=0"),
+            "{state}"
+        );
         boot_of(&state).unwrap_or_else(|| panic!("{state}"))
     }
 }
@@ -259,7 +345,8 @@ fn boot_of(state: &str) -> Option<u64> {
 
 fn connect(env: &LabEnv) -> BufReader<TcpStream> {
     let outside = env.lab().unwrap().place_fd(&Place::Outside).unwrap();
-    let connect = || TcpStream::connect_timeout(&SocketAddr::from((GUEST, 7000)), Duration::from_secs(5));
+    let connect =
+        || TcpStream::connect_timeout(&SocketAddr::from((GUEST, 7000)), Duration::from_secs(5));
     let stream = in_network(outside.as_fd(), connect).unwrap().unwrap();
     stream.set_nodelay(true).unwrap();
     BufReader::new(stream)
@@ -303,11 +390,24 @@ fn a_frozen_host_finds_itself_deposed_and_puts_everything_away() {
     let mut worst = 0;
     while worst == 0 || Instant::now() < end {
         bench.count(1);
-        worst = worst.max(bench.env.status(&standby).and_then(|s| s.resident_bytes).unwrap_or(0));
+        worst = worst.max(
+            bench
+                .env
+                .status(&standby)
+                .and_then(|s| s.resident_bytes)
+                .unwrap_or(0),
+        );
     }
     let memory = bench.env.status(&standby).unwrap().memory_bytes;
-    eprintln!("the standby costs {} MiB for a guest of {} MiB", worst >> 20, memory >> 20);
-    assert!(worst * 100 <= memory * STANDBY_MEMORY_MAX_PERCENT, "{worst} bytes for a guest of {memory}");
+    eprintln!(
+        "the standby costs {} MiB for a guest of {} MiB",
+        worst >> 20,
+        memory >> 20
+    );
+    assert!(
+        worst * 100 <= memory * STANDBY_MEMORY_MAX_PERCENT,
+        "{worst} bytes for a guest of {memory}"
+    );
 
     let failed = bench.fail(DrillKind::FreezeHost);
     bench.wait_running();
@@ -317,7 +417,9 @@ fn a_frozen_host_finds_itself_deposed_and_puts_everything_away() {
     bench.command(&bench.host(), "unprotect");
     bench.env.repair(DrillKind::FreezeHost, &failed).unwrap();
     bench.count(50);
-    bench.wait_status(&failed, "the deposed side stands down", |s| s.role == Role::Stopped);
+    bench.wait_status(&failed, "the deposed side stands down", |s| {
+        s.role == Role::Stopped
+    });
     assert_eq!(bench.qemus(&failed), Vec::<String>::new());
     assert_eq!(bench.taps(&failed), "");
     assert_eq!(bench.qemus(&bench.host()).len(), 1);
@@ -337,13 +439,22 @@ fn a_daemon_that_crashes_takes_its_qemu_along_and_the_standby_goes_on() {
     let failed = bench.host();
     let lab = bench.env.lab().unwrap();
     let status = lab.status().unwrap();
-    let daemon = status.hosts.into_iter().find(|h| h.name == failed).unwrap().daemon;
-    let DaemonState::Running(pid) = daemon else { panic!("{daemon:?}") };
+    let daemon = status
+        .hosts
+        .into_iter()
+        .find(|h| h.name == failed)
+        .unwrap()
+        .daemon;
+    let DaemonState::Running(pid) = daemon else {
+        panic!("{daemon:?}")
+    };
     lab.kill_pid_in(&failed, pid).unwrap();
     bench.wait_running();
     assert_ne!(bench.host(), failed);
     bench.count(20);
-    eventually("the crashed daemon's QEMU is dead", || bench.qemus(&failed).is_empty().then_some(()));
+    eventually("the crashed daemon's QEMU is dead", || {
+        bench.qemus(&failed).is_empty().then_some(())
+    });
     assert_eq!(bench.taps(&failed), "");
     // As after the host's own restart.
     bench.env.lab().unwrap().power_cut(&failed).unwrap();
@@ -364,18 +475,27 @@ fn without_registry_the_guest_holds_still_and_later_one_side_goes_on() {
     bench.count(20); // who is mirrored needs no registry
     bench.fail(DrillKind::CutLink);
     let held = bench.wait_status(&primary, "the guest is held still", |s| {
-        s.warnings.iter().any(|w| w.contains("stands still") && w.contains("registry"))
+        s.warnings
+            .iter()
+            .any(|w| w.contains("stands still") && w.contains("registry"))
     });
     assert!(held.role == Role::Primary && !held.mirrored, "{held:#?}");
     bench.send();
-    assert!(!bench.take(SILENCE), "answered although nobody may run the VM");
+    assert!(
+        !bench.take(SILENCE),
+        "answered although nobody may run the VM"
+    );
     // Neither side has made itself the one that runs the VM.
     for host in [&primary, &standby] {
         let status = bench.env.status(host).unwrap();
         assert_eq!(status.generation, bench.primary.generation, "{status:#?}");
     }
     std::fs::rename(&away, &shared).unwrap();
-    assert!(bench.take(common::PATIENCE), "no answer after the registry came back\n{}", logs(&bench.env));
+    assert!(
+        bench.take(common::PATIENCE),
+        "no answer after the registry came back\n{}",
+        logs(&bench.env)
+    );
     bench.count(20);
     bench.wait_running();
     let loser = bench.other();
