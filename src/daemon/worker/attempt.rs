@@ -4,6 +4,7 @@ use super::Peer;
 use super::primary::PrimarySide;
 use super::seeder::{self, SeedJob, Seeded};
 use super::sender::{self, SenderConfig, SenderHandle};
+use crate::daemon::clock::now_ns;
 use crate::daemon::control::ControlMsg;
 use crate::daemon::figures::EpochSample;
 use crate::interpose::checkpoint::{CutTimings, capture_blocks_prefix};
@@ -158,6 +159,7 @@ impl PrimarySide {
         let lane = Arc::new(lane);
         attempt.lane = Some(Arc::clone(&lane));
         // The guest stands still for this, 10 to 20 ms, once an attempt.
+        self.resumed_ns = now_ns();
         self.checkpointer_stop()?;
         let prefix = capture_blocks_prefix(&mut self.control).map_err(|e| e.to_string());
         self.checkpointer_cont()?;

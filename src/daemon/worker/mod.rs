@@ -27,6 +27,7 @@ mod receiver;
 mod seeder;
 mod sender;
 mod standby;
+mod syncer;
 mod verify;
 
 pub use publish::Shared;

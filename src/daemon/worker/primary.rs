@@ -3,15 +3,17 @@
 use super::attempt::{Attempt, InFlight};
 use super::busy::BusyMeter;
 use super::cutting::Taking;
+use super::ingress;
 use super::parts::{self, Parts};
 use super::publish::Shared;
+use super::receiver::FIRST_EPOCH;
 use super::sender::{EpochJob, SentEpoch};
 use super::{Env, Peer, VmCommand, WorkerConfig, WorkerEvent};
 use crate::api::types::{Failover, Role};
 use crate::daemon::clock::{now, now_ns};
 use crate::daemon::control::ControlMsg;
 use crate::interpose::checkpoint::{Checkpointer, ClockStatus};
-use crate::interpose::net::NetMode;
+use crate::interpose::net::{NetMode, NetPort};
 use crate::mirror::primary::{PrimaryEnd, PrimaryState};
 use crate::mirror::{
     Alert, MAX_IN_FLIGHT, Micros, Policy, Primary, PrimaryAction, PrimaryConfig, PrimaryInput,
@@ -22,6 +24,7 @@ use crate::registry::Versioned;
 use crate::vm::admission;
 use crate::vm::argv::Side;
 use crate::vm::qmp::Qmp;
+use bytes::Bytes;
 use interconnect::epoch::EpochMeta;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -56,7 +59,8 @@ pub struct PrimarySide {
     published_at: Micros,
     measured_at: Micros,
     resident_bytes: Option<u64>,
-    resumed_ns: u64,
+    /// The running epoch began: the last cut's end, or the beginning of the seeding.
+    pub(super) resumed_ns: u64,
     /// The guest powered itself off and stands.
     guest_off: GuestOff,
     /// Whom the last attempt was made with, for a word after its end.
@@ -401,7 +405,10 @@ impl PrimarySide {
             }
             VmCommand::Unprotect => {
                 self.wanted = None;
-                self.input(PrimaryInput::Unprotect);
+                // Solo there is nothing to undo but the wish.
+                if status.state != PrimaryState::Solo {
+                    self.input(PrimaryInput::Unprotect);
+                }
             }
             VmCommand::Switchover => {
                 if status.state != PrimaryState::Mirrored {
@@ -417,6 +424,8 @@ impl PrimarySide {
                 self.input(PrimaryInput::GuestShutdown);
             }
         }
+        // Whoever asked may look at once.
+        self.publish(true);
         Ok(())
     }
 
@@ -453,7 +462,11 @@ impl PrimarySide {
         {
             let at = now_ns();
             while let Some(done) = attempt.in_flight.pop_front_if(|e| e.epoch <= epoch) {
-                self.shared.epoch(done.sample(at));
+                // The first is as long as the seeding and its pause finds the clocks: no
+                // figure of an epoch.
+                if done.epoch > FIRST_EPOCH {
+                    self.shared.epoch(done.sample(at));
+                }
             }
         }
         self.input(PrimaryInput::Acked { generation, epoch });
@@ -671,12 +684,14 @@ impl PrimarySide {
             wire_bytes: 0,
         });
         self.resumed_ns = resumed_ns;
+        let egress = held_egress(&self.parts.ports, epoch);
         let job = EpochJob {
             epoch,
             staging,
             writes: writes.into_iter().map(|w| w.writes).collect(),
             base,
             device_state: cut.device_state,
+            egress,
             meta: EpochMeta {
                 flush,
                 clock_ns: begun_ns,
@@ -859,6 +874,18 @@ impl PrimarySide {
     pub(super) fn checkpointer_cont(&mut self) -> Result<(), String> {
         self.checkpointer.cont().map_err(say)
     }
+}
+
+/// What the gates hold of `epoch`, as it travels with it.
+fn held_egress(ports: &[Arc<NetPort>], epoch: Epoch) -> Vec<Bytes> {
+    let share = ingress::EGRESS_BYTES_MAX / ports.len().max(1);
+    let of_port = |(nic, port): (usize, &Arc<NetPort>)| {
+        let frames = port.held_of(epoch, share);
+        frames
+            .into_iter()
+            .filter_map(move |frame| ingress::egress(nic, &frame))
+    };
+    ports.iter().enumerate().flat_map(of_port).collect()
 }
 
 /// The operator's policy as the schedule takes it.

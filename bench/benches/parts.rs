@@ -1,0 +1,2 @@
+//! The pieces of an epoch alone.
+fn main() {}
