@@ -41,6 +41,8 @@ pub struct RunFacts {
     pub watched_until_ns: MonotonicNs,
     /// From the repair until the VM was mirrored again; none if it was not.
     pub reprotected_us: Option<u64>,
+    /// The mirror was lost on its own before the failure, and waited for.
+    pub mirror_lost: bool,
     /// What the environment could not do, in words.
     pub trouble: Vec<String>,
 }
@@ -141,6 +143,9 @@ pub struct DrillReport {
     pub missing_on_disk: Option<u64>,
     /// Damaged records on the disk.
     pub damaged_on_disk: u64,
+    /// Runs before which the mirror was lost on its own and made anew: no loss, but the
+    /// VM was unprotected for a while.
+    pub mirror_lost: u64,
     /// Why the drill is not passed; empty if it is.
     pub failures: Vec<String>,
 }
@@ -217,6 +222,7 @@ impl DrillReport {
             unanswered: log.open.len() as u64,
             missing_on_disk: missing.map(|m| m.len() as u64),
             damaged_on_disk,
+            mirror_lost: facts.runs.iter().filter(|r| r.mirror_lost).count() as u64,
             failures,
             runs,
         }

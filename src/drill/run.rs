@@ -222,12 +222,22 @@ impl Drill<'_> {
                     .min(end.saturating_duration_since(Instant::now())),
             );
         }
-        let Some(before) = newest else {
+        let Some(mut before) = newest else {
             return Err(EnvError::new(
                 format!("watching host `{host}`"),
                 "it does not tell about the VM",
             ));
         };
+        let mirror_lost = !before.mirrored;
+        if mirror_lost {
+            // Only a mirrored VM is promised to live on.
+            let last = before.events.last().map_or("", |e| e.text.as_str());
+            self.say(&format!(
+                "the mirror was lost on its own ({last}); waiting for it"
+            ));
+            before = self.env.wait_mirrored(self.pace.mirror_max)?;
+        }
+        let host = before.host.clone();
         let injected_ns = self.env.inject(kind, &host)?;
         let mut run = RunFacts {
             calm: Window {
@@ -240,6 +250,7 @@ impl Drill<'_> {
             audit: None,
             watched_until_ns: injected_ns,
             reprotected_us: None,
+            mirror_lost,
             trouble: Vec::new(),
             before,
         };

@@ -175,6 +175,13 @@ pub fn table(report: &DrillReport) -> String {
             );
         }
     }
+    if report.mirror_lost > 0 {
+        let _ = writeln!(
+            out,
+            "  {:<34} before {} of the runs",
+            "mirror lost on its own, made anew", report.mirror_lost
+        );
+    }
     if report.passed() {
         out.push_str("\nNOTHING WAS LOST. The clients noticed a delay and nothing else.\n");
     } else {

@@ -149,6 +149,8 @@ impl<'a> StandbySide<'a> {
         let _ = ticks_per_second();
         let (parts, control) = Parts::make(env, config, Side::Standby, generation, &inbox)?;
         let incoming = Incoming::prepare(control).map_err(say)?;
+        // Measured once in a process, 20 ms that a promotion should not wait for.
+        let _ = ticks_per_second();
         let ram = RamImage::open(&parts.paths.ram_file, spec.memory.get()).map_err(say)?;
         let pages = ram.pages();
         let mut assembler = EpochAssembler::new(

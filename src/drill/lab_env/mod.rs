@@ -416,14 +416,16 @@ impl DrillEnv for LabEnv {
 
     fn wait_running(&mut self, generation: u64, limit: Duration) -> Result<VmView, EnvError> {
         self.wait("a side to run the VM", limit, |env| {
-            let view = env.primary()?;
-            let left = env.status(&view.host).and_then(|s| s.last_failover);
-            if left.is_some_and(|f| f.from_generation >= generation) {
-                Ok(view)
+            let host = env.primary()?.host;
+            let status = env.status(&host).ok_or("the host does not answer")?;
+            // What it came from tells this failover from the one before.
+            let left = status.last_failover.as_ref().map(|f| f.from_generation);
+            if status.generation > generation && left.is_some_and(|g| g >= generation) {
+                Ok(view(host, status))
             } else {
                 Err(format!(
-                    "host {} is {} in generation {}, it was {generation}",
-                    view.host, view.state, view.generation
+                    "host {host} is {} in generation {}, it was {generation}",
+                    status.state, status.generation
                 ))
             }
         })

@@ -78,6 +78,7 @@ pub(crate) fn good() -> Facts {
         audit: Some(audit),
         watched_until_ns: ms(180, 0),
         reprotected_us: Some(400_000),
+        mirror_lost: false,
         trouble: Vec::new(),
     };
     let disk = Some(DiskRecords {
