@@ -58,14 +58,18 @@ fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
     let rest = args.get(1..).unwrap_or_default();
     // This program is also the lab's keeper, its daemons and the clients outside.
-    if let Some(code) = pollux::lab::hidden_main(rest).or_else(|| pollux::drill::hidden_main(rest)) {
+    if let Some(code) = pollux::lab::hidden_main(rest).or_else(|| pollux::drill::hidden_main(rest))
+    {
         return u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from);
     }
     if rest.first().is_some_and(|a| a == "daemon") {
         return pollux::cli::main(args);
     }
-    let wanted: Vec<&str> =
-        rest.iter().filter_map(|a| a.to_str()).filter(|a| !a.starts_with("--")).collect();
+    let wanted: Vec<&str> = rest
+        .iter()
+        .filter_map(|a| a.to_str())
+        .filter(|a| !a.starts_with("--"))
+        .collect();
     match measure(&wanted) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -86,13 +90,22 @@ struct Report {
 
 fn load_average() -> f64 {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split_whitespace().next().and_then(|w| w.parse().ok()).unwrap_or(f64::NAN)
+    text.split_whitespace()
+        .next()
+        .and_then(|w| w.parse().ok())
+        .unwrap_or(f64::NAN)
 }
 
 fn measure(wanted: &[&str]) -> Result<()> {
-    let sections: Vec<_> =
-        SECTIONS.iter().filter(|(n, _)| wanted.is_empty() || wanted.contains(n)).collect();
-    anyhow::ensure!(!sections.is_empty(), "no such section; there are {:?}", SECTIONS.map(|s| s.0));
+    let sections: Vec<_> = SECTIONS
+        .iter()
+        .filter(|(n, _)| wanted.is_empty() || wanted.contains(n))
+        .collect();
+    anyhow::ensure!(
+        !sections.is_empty(),
+        "no such section; there are {:?}",
+        SECTIONS.map(|s| s.0)
+    );
     let before = load_average();
     let guest = Guest {
         // A buffer that makes the guest use its memory, for the section `memory`.
@@ -136,11 +149,19 @@ fn measure(wanted: &[&str]) -> Result<()> {
 
 /// target/bench/numbers.json of the tree this program was built in.
 fn json_path() -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench/numbers.json"))
+    PathBuf::from(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../target/bench/numbers.json"
+    ))
 }
 
 fn shown(name: &str, p: Percentiles, count: u64) -> Vec<Figure> {
-    spread(name, &quantiles_of(p, count), (Target::None, Target::None), [""; 3])
+    spread(
+        name,
+        &quantiles_of(p, count),
+        (Target::None, Target::None),
+        [""; 3],
+    )
 }
 
 /// Pauses of a VM that does nothing.
@@ -194,7 +215,11 @@ fn latency(scene: &mut Scene) -> Result<Vec<Figure>> {
         ));
         figures.extend(shown("  pause", e.pause_us, e.window));
         figures.extend(shown("  resume to commit", e.commit_us, e.window));
-        figures.push(Figure::part("  epoch length, p50", "ms", ms(e.length_us.p50)));
+        figures.push(Figure::part(
+            "  epoch length, p50",
+            "ms",
+            ms(e.length_us.p50),
+        ));
     }
     Ok(figures)
 }
@@ -204,7 +229,12 @@ fn iterations(scene: &Scene, over: Duration) -> Result<f64> {
     let look = || -> Result<(f64, MonotonicNs)> {
         let answer = scene.ask("CPU")?;
         let first = answer.split_whitespace().next().unwrap_or_default();
-        Ok((first.parse().with_context(|| format!("`CPU` was answered `{answer}`"))?, MonotonicNs::now()))
+        Ok((
+            first
+                .parse()
+                .with_context(|| format!("`CPU` was answered `{answer}`"))?,
+            MonotonicNs::now(),
+        ))
     };
     let (from, began) = look()?;
     std::thread::sleep(over);
@@ -233,8 +263,13 @@ fn cpu(scene: &mut Scene) -> Result<Vec<Figure>> {
     }
     scene.workers(0, 0, 0)?;
     let share = kept(&alone, &mirrored);
-    let mut figures =
-        vec![Figure::new("CPU-bound throughput kept", "%", Target::AtLeast(70.0), Some(share), "")];
+    let mut figures = vec![Figure::new(
+        "CPU-bound throughput kept",
+        "%",
+        Target::AtLeast(70.0),
+        Some(share),
+        "",
+    )];
     figures.extend(shown("  pause", pause, epochs));
     Ok(figures)
 }
@@ -267,13 +302,33 @@ fn many(scene: &mut Scene) -> Result<Vec<Figure>> {
         ));
         figures.push(Figure::part("  unprotected", "/s", last_alone.per_second));
         figures.push(Figure::part("  mirrored", "/s", last.per_second));
-        figures.push(Figure::part("  latency unprotected, p50", "ms", ms(last_alone.latency.p50_us)));
-        figures.push(Figure::part("  latency mirrored, p50", "ms", ms(last.latency.p50_us)));
+        figures.push(Figure::part(
+            "  latency unprotected, p50",
+            "ms",
+            ms(last_alone.latency.p50_us),
+        ));
+        figures.push(Figure::part(
+            "  latency mirrored, p50",
+            "ms",
+            ms(last.latency.p50_us),
+        ));
         if let Some(e) = epochs {
-            figures.push(Figure::part("  epoch length, p50", "ms", ms(e.length_us.p50)));
+            figures.push(Figure::part(
+                "  epoch length, p50",
+                "ms",
+                ms(e.length_us.p50),
+            ));
             figures.push(Figure::part("  pause, p50", "ms", ms(e.pause_us.p50)));
-            figures.push(Figure::part("  resume to commit, p50", "ms", ms(e.commit_us.p50)));
-            figures.push(Figure::part("  pages an epoch, p50", "", e.pages.p50 as f64));
+            figures.push(Figure::part(
+                "  resume to commit, p50",
+                "ms",
+                ms(e.commit_us.p50),
+            ));
+            figures.push(Figure::part(
+                "  pages an epoch, p50",
+                "",
+                e.pages.p50 as f64,
+            ));
         }
     }
     Ok(figures)
@@ -289,7 +344,10 @@ fn memory(scene: &mut Scene) -> Result<Vec<Figure>> {
     std::thread::sleep(STRETCH);
     let e = scene.epochs()?;
     let mut figures = Vec::new();
-    for (role, target) in [(Role::Standby, Target::AtMost(1.25)), (Role::Primary, Target::None)] {
+    for (role, target) in [
+        (Role::Standby, Target::AtMost(1.25)),
+        (Role::Primary, Target::None),
+    ] {
         let (net, status) = scene.side(role)?;
         let daemon = daemon_anonymous_bytes(&net.config_file);
         let of_guest = |bytes: u64| bytes as f64 / status.memory_bytes as f64;
@@ -301,13 +359,29 @@ fn memory(scene: &mut Scene) -> Result<Vec<Figure>> {
             vm.map(|vm| of_guest(vm + daemon)),
             "",
         ));
-        figures.push(Figure::part("  of it the daemon's own", "x", of_guest(daemon)));
+        figures.push(Figure::part(
+            "  of it the daemon's own",
+            "x",
+            of_guest(daemon),
+        ));
     }
     scene.unprotect()?;
     scene.workers(0, 0, 0)?;
-    figures.extend(shown("pause, 500 writes and 4000 pages a second", e.pause_us, e.window));
-    figures.push(Figure::part("  pages an epoch, p50", "", e.pages.p50 as f64));
-    figures.push(Figure::part("  resume to commit, p50", "ms", ms(e.commit_us.p50)));
+    figures.extend(shown(
+        "pause, 500 writes and 4000 pages a second",
+        e.pause_us,
+        e.window,
+    ));
+    figures.push(Figure::part(
+        "  pages an epoch, p50",
+        "",
+        e.pages.p50 as f64,
+    ));
+    figures.push(Figure::part(
+        "  resume to commit, p50",
+        "ms",
+        ms(e.commit_us.p50),
+    ));
     Ok(figures)
 }
 
@@ -324,7 +398,11 @@ fn daemon_anonymous_bytes(config: &std::path::Path) -> u64 {
         }
         let status = std::fs::read_to_string(folder.join("status")).ok()?;
         let kib = status.lines().find_map(|l| l.strip_prefix("RssAnon:"))?;
-        kib.split_whitespace().next()?.parse::<u64>().ok().map(|k| k * 1024)
+        kib.split_whitespace()
+            .next()?
+            .parse::<u64>()
+            .ok()
+            .map(|k| k * 1024)
     };
     processes.filter_map(|p| of(p.path())).sum()
 }
@@ -343,18 +421,28 @@ fn failover(scene: &mut Scene) -> Result<Vec<Figure>> {
         std::thread::sleep(rng.duration(CALM.0, CALM.1));
         let at = scene.env.inject(DrillKind::KillHost, &before.host)?;
         let after = scene.env.wait_running(before.generation, STEP_MAX)?;
-        let f = after.last_failover.context("a promotion without its times")?;
+        let f = after
+            .last_failover
+            .context("a promotion without its times")?;
         load.wait_answers(f.running_ns, STEP_MAX)?;
         echo.wait_answers(f.running_ns, STEP_MAX)?;
-        let gap = load.blackout_us(at, MonotonicNs::now()).context("no client was served")?;
-        let of_echo = echo.blackout_us(at, MonotonicNs::now()).context("no client was served")?;
+        let gap = load
+            .blackout_us(at, MonotonicNs::now())
+            .context("no client was served")?;
+        let of_echo = echo
+            .blackout_us(at, MonotonicNs::now())
+            .context("no client was served")?;
         detection.push(micros(f.suspected_at_ns.since(at)));
         claim.push(micros(f.promote_started_ns.since(f.suspected_at_ns)));
         promotion.push(micros(f.running_ns.since(f.promote_started_ns)));
         service.push(gap.saturating_sub(micros(f.running_ns.since(at))));
         blackout.push(gap);
         echoes.push(of_echo);
-        let promoted = after.events.iter().rev().find(|e| e.text.starts_with("promoted"));
+        let promoted = after
+            .events
+            .iter()
+            .rev()
+            .find(|e| e.text.starts_with("promoted"));
         eprintln!(
             "failover {number} at {:.3}: blackout {} ms, of echo {} ms, running after {} ms; {}",
             at.0 as f64 / 1e6,
@@ -373,8 +461,12 @@ fn failover(scene: &mut Scene) -> Result<Vec<Figure>> {
         Figure::part(format!("  {name}, p50"), "ms", ms(quantiles(values).p50_us))
     };
     let q: Quantiles = quantiles(promotion);
-    let mut figures =
-        spread("promotion", &q, (Target::AtMost(10.0), Target::None), ["7.4", "", ""]);
+    let mut figures = spread(
+        "promotion",
+        &q,
+        (Target::AtMost(10.0), Target::None),
+        ["7.4", "", ""],
+    );
     figures.extend(spread(
         "blackout (100 ms detection)",
         &quantiles(blackout),

@@ -83,12 +83,17 @@ fn pages(c: &mut Criterion) {
     let pages = dirty_pages();
     let mut group = c.benchmark_group("pages");
     group.throughput(Throughput::Elements(PAGES as u64));
-    for (name, mode) in [("packed", CompressMode::Adaptive), ("raw", CompressMode::Raw)] {
+    for (name, mode) in [
+        ("packed", CompressMode::Adaptive),
+        ("raw", CompressMode::Raw),
+    ] {
         let mut encoder = PageEncoder::new(mode);
         let mut encode = || {
             let mut out = BytesMut::new();
             let mut numbered = (0..).zip(&pages);
-            encoder.encode(&mut numbered, &mut out).expect("pages in range");
+            encoder
+                .encode(&mut numbered, &mut out)
+                .expect("pages in range");
             out.freeze()
         };
         group.bench_function(format!("encode {name}"), |b| b.iter(&mut encode));
@@ -107,16 +112,24 @@ fn pages(c: &mut Criterion) {
 
 fn state(c: &mut Criterion) {
     let mut seed = 2;
-    let old: Vec<u8> = (0..STATE_BYTES).map(|_| (noise(&mut seed) % 7) as u8).collect();
+    let old: Vec<u8> = (0..STATE_BYTES)
+        .map(|_| (noise(&mut seed) % 7) as u8)
+        .collect();
     let mut new = old.clone();
     for at in (0..STATE_BYTES).step_by(100) {
         new[at] ^= 0x55;
     }
     let delta = encode_delta(Some(&old), &new).expect("small");
     let mut group = c.benchmark_group("state");
-    group.bench_function("encode whole", |b| b.iter(|| encode_delta(None, black_box(&new))));
-    group.bench_function("encode delta", |b| b.iter(|| encode_delta(Some(&old), black_box(&new))));
-    group.bench_function("decode delta", |b| b.iter(|| decode_delta(Some(&old), &delta)));
+    group.bench_function("encode whole", |b| {
+        b.iter(|| encode_delta(None, black_box(&new)))
+    });
+    group.bench_function("encode delta", |b| {
+        b.iter(|| encode_delta(Some(&old), black_box(&new)))
+    });
+    group.bench_function("decode delta", |b| {
+        b.iter(|| decode_delta(Some(&old), &delta))
+    });
     group.finish();
 }
 
@@ -129,7 +142,8 @@ fn gate(c: &mut Criterion) {
         let mut epoch = Epoch(1);
         b.iter(|| {
             for _ in 0..PAGES {
-                gate.push(epoch, frame.clone(), Duration::ZERO).expect("far from full");
+                gate.push(epoch, frame.clone(), Duration::ZERO)
+                    .expect("far from full");
             }
             gate.epoch_begins();
             let sent = gate.release(epoch, PAGES).count();
@@ -157,7 +171,9 @@ impl NbdClient {
         loop {
             let mut reply = [0; 20];
             stream.read_exact(&mut reply)?;
-            let number = |at: usize| u32::from_be_bytes([reply[at], reply[at + 1], reply[at + 2], reply[at + 3]]);
+            let number = |at: usize| {
+                u32::from_be_bytes([reply[at], reply[at + 1], reply[at + 2], reply[at + 3]])
+            };
             let mut data = vec![0; number(16) as usize];
             stream.read_exact(&mut data)?;
             if number(12) == nbd::reply::ACK {
@@ -190,13 +206,17 @@ fn disk(c: &mut Criterion) {
     let folder = tempfile::tempdir().expect("a folder");
     let mut group = c.benchmark_group("disk");
     group.throughput(Throughput::Elements(WRITES));
-    for (name, mode) in [("mirrored", Mode::Overlay { epoch: Epoch(1) }), ("direct", Mode::Direct)] {
+    for (name, mode) in [
+        ("mirrored", Mode::Overlay { epoch: Epoch(1) }),
+        ("direct", Mode::Direct),
+    ] {
         let image = folder.path().join(name);
         create_sparse(&image, 64 << 20).expect("an image");
         let options = DiskOptions::new(mode, Generation(1));
         let disk = Disk::open(&image, 64 << 20, options).expect("a disk");
         let socket = folder.path().join(format!("{name}.nbd"));
-        let _server = DiskServer::start(&socket, None, std::sync::Arc::clone(&disk)).expect("a server");
+        let _server =
+            DiskServer::start(&socket, None, std::sync::Arc::clone(&disk)).expect("a server");
         let mut client = NbdClient::go(&socket).expect("a client");
         let mut epoch = Epoch(1);
         group.bench_function(format!("64 writes, {name}"), |b| {
@@ -217,12 +237,17 @@ fn disk(c: &mut Criterion) {
 
 /// The tracked process: maps the RAM file, writes as many pages as it is told.
 fn guest(ram: &Path) {
-    let file = OpenOptions::new().read(true).write(true).open(ram).expect("the RAM file");
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(ram)
+        .expect("the RAM file");
     let bytes = usize::try_from(RAM_BYTES).expect("fits");
     let length = NonZeroUsize::new(bytes).expect("not zero");
     let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     // SAFETY: a new mapping of a file of that length, at an address of the kernel's choice.
-    let memory = unsafe { mmap(None, length, prot, MapFlags::MAP_SHARED, &file, 0) }.expect("mapped");
+    let memory =
+        unsafe { mmap(None, length, prot, MapFlags::MAP_SHARED, &file, 0) }.expect("mapped");
     let memory = memory.cast::<u8>().as_ptr();
     println!("ready");
     for (round, line) in std::io::stdin().lines().map_while(Result::ok).enumerate() {
@@ -254,7 +279,11 @@ impl Guest {
             .expect("this program runs");
         let input = child.stdin.take().expect("piped");
         let output = BufReader::new(child.stdout.take().expect("piped"));
-        let mut guest = Self { child, input, output };
+        let mut guest = Self {
+            child,
+            input,
+            output,
+        };
         guest.wait();
         guest
     }

@@ -72,7 +72,14 @@ impl Figure {
             // What could not be measured is not met.
             None => (target != Target::None).then_some(false),
         };
-        Self { name: name.into(), unit, target, measured, prototype, met }
+        Self {
+            name: name.into(),
+            unit,
+            target,
+            measured,
+            prototype,
+            met,
+        }
     }
 
     /// One that only explains another.
@@ -120,7 +127,11 @@ pub fn spread(
 /// All figures as text.
 #[must_use]
 pub fn table(figures: &[Figure]) -> String {
-    let widest = figures.iter().map(|f| f.name.chars().count()).max().unwrap_or(0);
+    let widest = figures
+        .iter()
+        .map(|f| f.name.chars().count())
+        .max()
+        .unwrap_or(0);
     let mut out = format!(
         "{:widest$}  {:>12} {:>10} {:<5} {:>12}  verdict\n",
         "figure", "target", "measured", "", "prototype"
@@ -163,15 +174,25 @@ mod tests {
         assert_eq!(verdict(Target::AtLeast(70.0), Some(69.9)), "MISSED");
         assert_eq!(verdict(Target::None, Some(5.0)), "");
         assert_eq!(verdict(Target::AtMost(2.0), None), "NOT MEASURED");
-        assert_eq!(Figure::new("f", "ms", Target::AtMost(2.0), None, "").met, Some(false));
+        assert_eq!(
+            Figure::new("f", "ms", Target::AtMost(2.0), None, "").met,
+            Some(false)
+        );
     }
 
     #[test]
     fn a_spread_without_values_is_not_measured() {
-        let figures =
-            spread("x", &Quantiles::default(), (Target::Below(1.0), Target::None), [""; 3]);
+        let figures = spread(
+            "x",
+            &Quantiles::default(),
+            (Target::Below(1.0), Target::None),
+            [""; 3],
+        );
         assert!(figures.iter().all(|f| f.measured.is_none()));
         let text = table(&figures);
-        assert!(text.contains("x, p50") && text.contains("NOT MEASURED"), "{text}");
+        assert!(
+            text.contains("x, p50") && text.contains("NOT MEASURED"),
+            "{text}"
+        );
     }
 }

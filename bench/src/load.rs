@@ -41,9 +41,18 @@ pub struct Load {
 /// Arguments of `clients` clients of the guest at `guest`, each with one request at a time.
 #[must_use]
 pub fn options(mode: Mode, guest: [u8; 4], clients: u16) -> ClientOptions {
-    let port = if mode == Mode::Echo { ECHO_PORT } else { COUNTER_PORT };
+    let port = if mode == Mode::Echo {
+        ECHO_PORT
+    } else {
+        COUNTER_PORT
+    };
     let address = SocketAddr::from((guest, port));
-    ClientOptions { mode, address, clients, think: Duration::ZERO }
+    ClientOptions {
+        mode,
+        address,
+        clients,
+        think: Duration::ZERO,
+    }
 }
 
 impl Load {
@@ -80,7 +89,10 @@ impl Load {
             let (silent, broken) = {
                 let log = self.log();
                 // Only the newest answers can be after `since`.
-                let newest = log.answers.len().saturating_sub(64 * usize::from(self.clients));
+                let newest = log
+                    .answers
+                    .len()
+                    .saturating_sub(64 * usize::from(self.clients));
                 let silent = checks::silent_since(&log.answers[newest..], self.clients, since);
                 (silent, log.broken.first().map(|b| b.3.clone()))
             };
@@ -105,7 +117,8 @@ impl Load {
         let from = MonotonicNs::now();
         std::thread::sleep(how_long);
         let to = MonotonicNs::now();
-        self.wait_answers(to, Duration::from_secs(10)).context("after a stretch of load")?;
+        self.wait_answers(to, Duration::from_secs(10))
+            .context("after a stretch of load")?;
         let log = self.log();
         let inside = |t: MonotonicNs| from <= t && t <= to;
         let times: Vec<u64> = log
@@ -143,7 +156,11 @@ impl Drop for Load {
 fn read_log(output: Box<dyn Read + Send>, log: &Mutex<ClientLog>) {
     for line in BufReader::new(output).lines() {
         // A bad line ends the reading; then no client is answered any more.
-        let Some(parsed) = line.ok().and_then(|l| Line::parse(l.trim_end()).ok()) else { return };
-        log.lock().unwrap_or_else(PoisonError::into_inner).add(parsed);
+        let Some(parsed) = line.ok().and_then(|l| Line::parse(l.trim_end()).ok()) else {
+            return;
+        };
+        log.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .add(parsed);
     }
 }

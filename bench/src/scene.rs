@@ -38,11 +38,21 @@ impl Scene {
     pub fn up(guest: Guest) -> Result<Self> {
         let name = format!("bench-{}", std::process::id());
         let mut env = LabEnv::new(name.clone(), guest);
-        let load = env::Load { clients: 1, disk_iops: 0, mem_pages_s: 0, net: false };
-        let setting = Setting { load, service: Service::Counter, audit: false };
-        let hosts = env.prepare(&setting, BOOT_MAX).map_err(anyhow::Error::from).and_then(|()| {
-            Ok(Lab::open(&name)?.plan().hosts.clone())
-        });
+        let load = env::Load {
+            clients: 1,
+            disk_iops: 0,
+            mem_pages_s: 0,
+            net: false,
+        };
+        let setting = Setting {
+            load,
+            service: Service::Counter,
+            audit: false,
+        };
+        let hosts = env
+            .prepare(&setting, BOOT_MAX)
+            .map_err(anyhow::Error::from)
+            .and_then(|()| Ok(Lab::open(&name)?.plan().hosts.clone()));
         match hosts {
             Ok(hosts) => Ok(Self { env, hosts }),
             Err(e) => {
@@ -153,7 +163,10 @@ impl Scene {
             bail!("the spec could not be changed:\n{spec}");
         }
         let _: Done = block(client.delete(&format!("/v1/vms/{VM_NAME}")))?;
-        let create = CreateVm { spec: changed, origin: "bench".into() };
+        let create = CreateVm {
+            spec: changed,
+            origin: "bench".into(),
+        };
         let _: Done = block(client.post("/v1/vms", &create))?;
         let _: Done = block(client.post(&format!("/v1/vms/{VM_NAME}/start"), &Start::default()))?;
         self.wait("the guest to answer", |s| s.ask("PING").is_ok())
@@ -164,7 +177,9 @@ impl Scene {
     /// # Errors
     /// If they cannot be started or are not answered.
     pub fn clients(&mut self, mode: Mode, clients: u16) -> Result<Load> {
-        let pipes = self.env.spawn_client(&options(mode, GUEST, clients).args())?;
+        let pipes = self
+            .env
+            .spawn_client(&options(mode, GUEST, clients).args())?;
         let load = Load::new(pipes, clients)?;
         load.wait_answers(MonotonicNs(0), STEP_MAX)?;
         Ok(load)
@@ -173,7 +188,10 @@ impl Scene {
     /// What each host says of the VM, and the end of its daemon's log, to standard error.
     pub fn explain(&self) {
         for (net, status) in self.statuses() {
-            eprintln!("host {}: {:?}, {}, generation {}", net.name, status.role, status.state, status.generation);
+            eprintln!(
+                "host {}: {:?}, {}, generation {}",
+                net.name, status.role, status.state, status.generation
+            );
             for event in status.events.iter().rev().take(EXPLAIN_LINES).rev() {
                 eprintln!("  {} ms {}", event.at_ns / 1_000_000, event.what);
             }
@@ -193,7 +211,10 @@ impl Scene {
     /// # Errors
     /// If there are none.
     pub fn epochs(&self) -> Result<EpochFigures> {
-        self.side(Role::Primary)?.1.epochs.context("no epoch was committed")
+        self.side(Role::Primary)?
+            .1
+            .epochs
+            .context("no epoch was committed")
     }
 }
 
@@ -206,5 +227,11 @@ impl Drop for Scene {
 /// A status' percentiles as the drills show them.
 #[must_use]
 pub fn quantiles_of(p: Percentiles, count: u64) -> Quantiles {
-    Quantiles { count, p50_us: p.p50, p90_us: p.p90, p99_us: p.p99, max_us: p.max }
+    Quantiles {
+        count,
+        p50_us: p.p50,
+        p90_us: p.p90,
+        p99_us: p.p99,
+        max_us: p.max,
+    }
 }

@@ -145,8 +145,9 @@ impl Schedule {
         self.accrue(now);
         let lost = match self.idle {
             true => 0,
-            false => earned_ns(pause, self.busy_permille)
-                .saturating_add(earned_ns(self.crowding, 1000)),
+            false => {
+                earned_ns(pause, self.busy_permille).saturating_add(earned_ns(self.crowding, 1000))
+            }
         };
         self.idle = false;
         let faults = i64::try_from(pages.saturating_mul(PAGE_FAULT_NS)).unwrap_or(i64::MAX);
@@ -354,7 +355,10 @@ mod tests {
             schedule.next_cut()
         };
         let (alone, crowded) = (next(Micros::ZERO), next(Micros(2000)));
-        assert!(crowded >= alone + Micros(2000 * 4 - 100), "{alone:?} {crowded:?}");
+        assert!(
+            crowded >= alone + Micros(2000 * 4 - 100),
+            "{alone:?} {crowded:?}"
+        );
     }
 
     #[test]
