@@ -444,8 +444,7 @@ fn failover(scene: &mut Scene) -> Result<Vec<Figure>> {
             .rev()
             .find(|e| e.text.starts_with("promoted"));
         eprintln!(
-            "failover {number} at {:.3}: blackout {} ms, of echo {} ms, running after {} ms; {}",
-            at.0 as f64 / 1e6,
+            "failover {number}: blackout {} ms, of echo {} ms, running after {} ms; {}",
             gap / 1000,
             of_echo / 1000,
             micros(f.running_ns.since(at)) / 1000,

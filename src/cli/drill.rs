@@ -54,6 +54,9 @@ pub(super) struct Run {
     /// Machine type as in a spec.
     #[arg(long, default_value = "auto")]
     machine: String,
+    /// Leave the lab's directory with logs and disks behind, and say where it is.
+    #[arg(long)]
+    keep: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -122,7 +125,10 @@ pub(super) fn run(command: DrillCommand, json: bool) -> anyhow::Result<ExitCode>
         audit: !run.no_audit,
         json,
     };
-    let report = rehearse(&spec, &mut LabEnv::new(lab_name("drill"), guest))?;
+    let report = rehearse(
+        &spec,
+        &mut LabEnv::new(lab_name("drill"), guest).keep_files(run.keep),
+    )?;
     if json {
         println!("{}", report.to_json()?);
     } else {

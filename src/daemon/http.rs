@@ -49,6 +49,13 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
 }
 
 fn refuse(rejection: &JsonRejection) -> Refusal {
+    if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+        let error = format!(
+            "the request's body is larger than {} MiB",
+            BODY_BYTES_MAX >> 20
+        );
+        return Refusal(StatusCode::PAYLOAD_TOO_LARGE, ApiError { error });
+    }
     Refusal(
         StatusCode::BAD_REQUEST,
         ApiError {

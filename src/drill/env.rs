@@ -120,8 +120,8 @@ pub struct AuditView {
     pub memory_equal: bool,
     /// All disks equal, by hash.
     pub disks_equal: bool,
-    /// How long it took, milliseconds.
-    pub audit_ms: u64,
+    /// How long it took, microseconds; the guest stood still for it.
+    pub audit_us: u64,
 }
 
 /// The last failover as the new running side saw it.

@@ -73,8 +73,12 @@ pub struct RunReport {
     pub detection_us: Option<u64>,
     /// Suspicion until the claim was won.
     pub claim_us: Option<u64>,
-    /// Claim until the vCPUs run.
+    /// Claim until the vCPUs run: waiting for the old side's lease to end, applying what
+    /// is committed, audit, promotion.
     pub takeover_us: Option<u64>,
+    /// Part of it: loading devices and starting the vCPUs, without the audit. None if the
+    /// side ran already and went solo.
+    pub promotion_us: Option<u64>,
     /// vCPUs run until the worst client's next answer: TCP's retransmission, mostly.
     pub client_us: Option<u64>,
     /// The longest any client waited from one answer to its next, over the failure.
@@ -312,6 +316,8 @@ fn run_report(spec: &DrillSpec, number: usize, facts: &RunFacts, log: &ClientLog
         detection_us: stage(Some(facts.injected_ns), at(|f| f.suspected_at_ns)),
         claim_us: stage(at(|f| f.suspected_at_ns), at(|f| f.claim_won_ns)),
         takeover_us: stage(at(|f| f.claim_won_ns), at(|f| f.running_ns)),
+        promotion_us: stage(at(|f| f.promote_started_ns), at(|f| f.running_ns))
+            .map(|us| us.saturating_sub(facts.audit.map_or(0, |a| a.audit_us))),
         client_us: stage(running, gap.map(|g| g.to_ns)),
         blackout_us: gap.map(super::checks::Gap::us),
         calm_gap_us: longest_gap_within(&log.answers, facts.calm.from_ns, facts.calm.to_ns)

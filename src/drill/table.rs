@@ -66,12 +66,13 @@ pub fn table(report: &DrillReport) -> String {
     );
     let _ = writeln!(
         out,
-        "  {:<4} {:<10} {:>11} {:>11} {:>11} {:>11} {:>11}  {:<15} {:>11}",
+        "  {:<4} {:<10} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}  {:<15} {:>11}",
         "run",
         "moved",
         "detection",
         "claim",
         "takeover",
+        "promotion",
         "client",
         "blackout",
         "audit",
@@ -80,18 +81,19 @@ pub fn table(report: &DrillReport) -> String {
     for run in &report.runs {
         let to = run.to.as_ref().map_or("nowhere", |h| h.as_str());
         let audit = match run.audit {
-            Some(a) if a.memory_equal && a.disks_equal => "equal",
-            Some(_) => "DIFFERENT",
-            None => "-",
+            Some(a) if a.memory_equal && a.disks_equal => format!("equal {}", ms(a.audit_us)),
+            Some(_) => "DIFFERENT".into(),
+            None => "-".into(),
         };
         let _ = writeln!(
             out,
-            "  {:<4} {:<10} {:>11} {:>11} {:>11} {:>11} {:>11}  {:<15} {:>11}",
+            "  {:<4} {:<10} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}  {:<15} {:>11}",
             run.run,
             format!("{} -> {to}", run.from),
             ms_or(run.detection_us),
             ms_or(run.claim_us),
             ms_or(run.takeover_us),
+            ms_or(run.promotion_us),
             ms_or(run.client_us),
             ms_or(run.blackout_us),
             audit,
@@ -100,8 +102,10 @@ pub fn table(report: &DrillReport) -> String {
     }
     out.push_str(
         "\n  detection: until the failure was noticed; claim: until the registry granted the VM;\n  \
-         takeover: until it ran again; client: until the client's TCP had sent again and was\n  \
-         answered. blackout: from the last answer before to the first after. audit: all memory and disk of the promoted VM against the last checkpoint.\n\n",
+         takeover: until it ran again, with audit; promotion: the part of it that loads the devices and\n  \
+         starts the vCPUs; client: until the client's TCP had sent again and was answered.\n  \
+         blackout: from the last answer before to the first after. audit: all memory and disk of\n  \
+         the promoted VM against the last checkpoint, and the time that took.\n\n",
     );
     line(&mut out, "blackout as clients saw it", &report.blackout);
     line(&mut out, "replication lag", &report.lag);

@@ -149,8 +149,16 @@ fn start_daemon(plan: &LabPlan, host: &HostNet) -> Result<DaemonState, StepError
         .stdout(log)
         .stderr(log2)
         .current_dir(&host.state_dir);
-    // SAFETY: setsid is async-signal-safe and touches no memory; this process has one thread.
-    unsafe { command.pre_exec(|| setsid().map(drop).map_err(Into::into)) };
+    let before_exec = || {
+        // What the keeper and this init block for themselves is not the daemon's: SIGTERM
+        // must reach it and its children.
+        SigSet::empty().thread_set_mask()?;
+        setsid()?;
+        Ok(())
+    };
+    // SAFETY: setsid and sigprocmask are async-signal-safe and touch no memory of ours; this
+    // process has one thread.
+    unsafe { command.pre_exec(before_exec) };
     let child = command
         .spawn()
         .map_err(step(format!("starting {program}")))?;

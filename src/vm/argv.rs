@@ -198,7 +198,8 @@ fn platform(line: &mut Line, spec: &VmSpec, machine: &str, paths: &VmPaths, acce
         "-accel",
         match accel {
             Accel::Kvm => "kvm",
-            Accel::Tcg => "tcg,thread=multi",
+            // QEMU would keep up to 1 GiB of translated code beside the guest's memory.
+            Accel::Tcg => "tcg,thread=multi,tb-size=128",
         },
     );
     line.opt(

@@ -8,7 +8,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::missing_panics_doc)]
 
 use pollux::api::client::{Client, ClientError};
-use pollux::api::types::{CreateVm, Done, HostStatus, Protect, Role, VmStatus};
+use pollux::api::types::{CreateVm, Done, HostStatus, Protect, Role, Start, VmStatus};
 use pollux::lab::daemons::{daemon_spec, up_linked};
 use pollux::lab::{KeepPolicy, Lab, LabSpec, Place, in_network};
 use pollux::pool::HostName;
@@ -55,7 +55,11 @@ pub fn at(name: &str) -> Place {
 /// A name that no other test and no copy of this one uses.
 pub fn fresh_name() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    format!("t{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+    format!(
+        "t{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    )
 }
 
 /// Two hosts, `a` and `b`, each with a daemon, linked unless said otherwise.
@@ -66,7 +70,9 @@ pub struct Bed {
 impl Bed {
     /// A lab that dies with this process, or with the returned value.
     pub fn up() -> Self {
-        Self { lab: up_linked(Self::spec()).unwrap() }
+        Self {
+            lab: up_linked(Self::spec()).unwrap(),
+        }
     }
 
     /// The spec of [`Bed::up`], for tests that change it or bring it up without links.
@@ -80,7 +86,10 @@ impl Bed {
     }
 
     pub fn api(&self, host_name: &str) -> Api {
-        Api { client: Client::new(&self.socket(host_name)), host: host_name.into() }
+        Api {
+            client: Client::new(&self.socket(host_name)),
+            host: host_name.into(),
+        }
     }
 
     pub fn socket(&self, host_name: &str) -> PathBuf {
@@ -89,7 +98,12 @@ impl Bed {
 
     /// The command line, asking this host's daemon.
     pub fn cli(&self, host_name: &str, args: &[&str]) -> Output {
-        Command::new(POLLUX).arg("--api").arg(self.socket(host_name)).args(args).output().unwrap()
+        Command::new(POLLUX)
+            .arg("--api")
+            .arg(self.socket(host_name))
+            .args(args)
+            .output()
+            .unwrap()
     }
 
     /// Run a program on a host, in its namespaces; it must succeed.
@@ -107,8 +121,16 @@ impl Bed {
         let images = self.lab.host(&host("a")).unwrap().state_dir.join("images");
         std::fs::create_dir_all(&images).unwrap();
         let image = images.join(format!("{}.raw", guest.name));
-        std::fs::File::create(&image).unwrap().set_len(guest.disk_bytes).unwrap();
-        let vm = Vm { bed: self, name: guest.name.clone(), ip: guest.ip, image };
+        std::fs::File::create(&image)
+            .unwrap()
+            .set_len(guest.disk_bytes)
+            .unwrap();
+        let vm = Vm {
+            bed: self,
+            name: guest.name.clone(),
+            ip: guest.ip,
+            image,
+        };
         self.api("a").create(&guest.toml()).unwrap();
         vm
     }
@@ -129,7 +151,11 @@ impl Drop for Bed {
 }
 
 fn block<T>(exchange: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(exchange)
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(exchange)
 }
 
 /// One daemon's API, blocking.
@@ -156,12 +182,22 @@ impl Api {
     }
 
     pub fn create(&self, spec: &str) -> Result<Done, ClientError> {
-        self.post("/v1/vms", &CreateVm { spec: spec.into(), origin: "vm.toml".into() })
+        self.post(
+            "/v1/vms",
+            &CreateVm {
+                spec: spec.into(),
+                origin: "vm.toml".into(),
+            },
+        )
     }
 
     /// `start`, `stop`, `unprotect` or `switchover`.
     pub fn command(&self, vm: &str, command: &str) -> Result<Done, ClientError> {
-        self.post(&format!("/v1/vms/{vm}/{command}"), &())
+        let path = format!("/v1/vms/{vm}/{command}");
+        match command {
+            "start" => self.post(&path, &Start { force: false }),
+            _ => self.post(&path, &()),
+        }
     }
 
     pub fn protect(&self, vm: &str) -> Result<Done, ClientError> {
@@ -213,13 +249,25 @@ struct GuestFiles {
 static GUEST: LazyLock<GuestFiles> = LazyLock::new(|| {
     let run = |args: &[&str]| {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let out = Command::new(root.join(args[0])).args(&args[1..]).current_dir(root).output().unwrap();
-        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        let out = Command::new(root.join(args[0]))
+            .args(&args[1..])
+            .current_dir(root)
+            .output()
+            .unwrap();
+        assert!(
+            out.status.success(),
+            "{args:?}: {}",
+            String::from_utf8_lossy(&out.stderr)
+        );
         String::from_utf8(out.stdout).unwrap().trim().to_owned()
     };
     GuestFiles {
         folder: run(&["guest/build"]).into(),
-        cmdline: format!("{} tsc_early_khz={}", run(&["guest/cmdline"]), run(&["guest/cmdline", "--tsc-khz"])),
+        cmdline: format!(
+            "{} tsc_early_khz={}",
+            run(&["guest/cmdline"]),
+            run(&["guest/cmdline", "--tsc-khz"])
+        ),
     }
 });
 
@@ -235,6 +283,8 @@ pub struct Guest {
     pub protection: &'static str,
     /// Further lines at the top of the spec.
     pub more: String,
+    /// Further disks, as `[[disk]]` tables.
+    pub disks: String,
 }
 
 impl Guest {
@@ -251,6 +301,7 @@ impl Guest {
             parameters: "pollux.mode=counter,disk,memory pollux.disk_iops=50 pollux.mem_pages_s=300 pollux.mem_mb=8".into(),
             protection: "none",
             more: String::new(),
+            disks: String::new(),
         }
     }
 
@@ -264,15 +315,16 @@ impl Guest {
             self.parameters
         );
         format!(
-            "name = \"{0}\"\nuuid = \"6f1c0a52-3f0e-4b0c-9a39-{1:06x}00{n:02x}11\"\nmemory = \"{2}\"\n\
+            "name = \"{0}\"\nuuid = \"{n:02x}{1:06x}-3f0e-4b0c-9a39-3d6a2c1f6f11\"\nmemory = \"{2}\"\n\
              vcpus = 1\naccel = \"tcg\"\n{boot}\nprotection = \"{3}\"\n{4}\n\
-             [[disk]]\nname = \"data\"\npath = \"{0}.raw\"\nsize = {5}\n[[nic]]\nname = \"lan\"\nbridge = \"br0\"\n",
+             [[disk]]\nname = \"data\"\npath = \"{0}.raw\"\nsize = {5}\n{6}[[nic]]\nname = \"lan\"\nbridge = \"br0\"\n",
             self.name,
             std::process::id() & 0xff_ffff,
             self.memory,
             self.protection,
             self.more,
             self.disk_bytes,
+            self.disks,
         )
     }
 }
@@ -293,17 +345,42 @@ impl Vm<'_> {
         self.client()
     }
 
-    /// A client outside, once the guest takes connections.
+    /// A client outside, once the guest answers.
     pub fn client(&self) -> Counter {
+        self.client_of("boot=")
+    }
+
+    /// A client outside, once the guest has booted so often. One that is about to reboot
+    /// may still take connections, and answer.
+    pub fn client_of_boot(&self, boot: u64) -> Counter {
+        self.client_of(&format!("boot={boot} "))
+    }
+
+    fn client_of(&self, state: &str) -> Counter {
         let outside = self.bed.lab.place_fd(&Place::Outside).unwrap();
         let address = SocketAddr::from((self.ip, COUNTER_PORT));
-        let stream = eventually("the guest takes a connection", || {
-            let limit = Duration::from_secs(1);
-            in_network(outside.as_fd(), || TcpStream::connect_timeout(&address, limit)).unwrap().ok()
+        let limit = Duration::from_secs(1);
+        let mut counter = eventually("the guest answers", || {
+            let connect = || TcpStream::connect_timeout(&address, limit);
+            let stream = in_network(outside.as_fd(), connect).unwrap().ok()?;
+            stream.set_read_timeout(Some(limit)).unwrap();
+            stream.set_nodelay(true).unwrap();
+            let mut counter = Counter {
+                stream: BufReader::new(stream),
+                requests: 0,
+            };
+            counter
+                .try_ask("STATE")
+                .ok()?
+                .starts_with(state)
+                .then_some(counter)
         });
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_nodelay(true).unwrap();
-        Counter { stream: BufReader::new(stream), requests: 0 }
+        counter
+            .stream
+            .get_mut()
+            .set_read_timeout(Some(PATIENCE))
+            .unwrap();
+        counter
     }
 }
 
@@ -316,7 +393,9 @@ impl Drop for Vm<'_> {
             }
         }
         let gone = |api: &Api| match api.vm(&self.name) {
-            Ok(vm) if vm.role == Role::Stopped => api.delete(&format!("/v1/vms/{}", self.name)).is_ok(),
+            Ok(vm) if vm.role == Role::Stopped => {
+                api.delete(&format!("/v1/vms/{}", self.name)).is_ok()
+            }
             Ok(_) => false,
             Err(_) => true,
         };
@@ -339,12 +418,15 @@ pub struct Counter {
 impl Counter {
     /// One request and its answer.
     pub fn ask(&mut self, request: &str) -> String {
-        self.try_ask(request).unwrap_or_else(|e| panic!("{request}: {e}"))
+        self.try_ask(request)
+            .unwrap_or_else(|e| panic!("{request}: {e}"))
     }
 
     /// The same, where the connection may break.
     pub fn try_ask(&mut self, request: &str) -> std::io::Result<String> {
-        self.stream.get_mut().write_all(format!("{request}\n").as_bytes())?;
+        self.stream
+            .get_mut()
+            .write_all(format!("{request}\n").as_bytes())?;
         let mut line = String::new();
         if self.stream.read_line(&mut line)? == 0 {
             return Err(std::io::ErrorKind::UnexpectedEof.into());
@@ -371,7 +453,10 @@ impl Counter {
     pub fn check(&mut self, boot: u64) {
         let state = self.ask("STATE");
         assert!(state.starts_with(&format!("boot={boot} ")), "{state}");
-        assert!(state.contains("disk_errors=0") && state.contains("memory_errors=0"), "{state}");
+        assert!(
+            state.contains("disk_errors=0") && state.contains("memory_errors=0"),
+            "{state}"
+        );
         let verdict = self.ask("VERIFY");
         assert!(verdict.starts_with("OK "), "{verdict}");
     }

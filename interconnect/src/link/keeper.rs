@@ -8,6 +8,10 @@
 //!    v                                            v
 //!  hello -> [ slot: close the old one, wait for its Down ] -> Up -> run -> Down
 //! ```
+//!
+//! Who dials follows from the pinned fingerprints, so if one is wrong both sides may dial,
+//! or neither. For the news of it, and for nothing else, a side that accepts looks at its
+//! partner now and then while no session stands, and a side that dials answers such a look.
 
 use super::config::PairConfig;
 use super::hello::{self, HelloError};
@@ -31,6 +35,11 @@ const REDIAL_MAX: Duration = Duration::from_millis(250);
 /// handshake is two round trips and two signatures; a host that needs longer for
 /// it cannot mirror either.
 const ESTABLISH_TIMEOUT: Duration = Duration::from_millis(500);
+/// How often the side that accepts looks at its partner while no session stands: soon for
+/// a person, and next to nothing for a partner that is dead.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long a look waits for the partner's own verdict on this host.
+const VERDICT_WAIT: Duration = Duration::from_millis(200);
 /// Handshakes a link may have in progress; more are turned away unanswered.
 const HANDSHAKES_MAX: usize = 4;
 
@@ -297,6 +306,69 @@ impl Shared {
             })
     }
 
+    /// Find out whether the two sides are who they are pinned as: a handshake and no more.
+    async fn look(&self, endpoint: &(Endpoint, quinn::ClientConfig), link: usize) {
+        let peer = self.config.links[link].peer;
+        let handshake = async {
+            let connecting = endpoint
+                .0
+                .connect_with(endpoint.1.clone(), peer, "pollux")
+                .ok()?;
+            match connecting.await {
+                Ok(connection) => {
+                    // TLS 1.3 is done here before the partner has judged this side.
+                    let verdict = tokio::time::timeout(VERDICT_WAIT, connection.closed()).await;
+                    connection.close(VarInt::from_u32(CODE_DONE), b"only looked");
+                    verdict.ok()
+                }
+                Err(error) => Some(error),
+            }
+        };
+        if let Ok(Some(error)) = tokio::time::timeout(ESTABLISH_TIMEOUT, handshake).await
+            && let refused @ Failed::Refused(_) = Failed::from(error)
+        {
+            self.tell_failed(refused).await;
+        }
+    }
+
+    async fn look_for_ever(&self, endpoints: &[(Endpoint, quinn::ClientConfig)]) {
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            for (link, endpoint) in endpoints.iter().enumerate() {
+                if self.current().is_none() {
+                    self.look(endpoint, link).await;
+                }
+            }
+        }
+    }
+
+    /// Answer looks on the side that dials: whoever may connect is sent away again.
+    async fn answer_looks(self: Arc<Self>, endpoint: Endpoint) {
+        let handshakes = Arc::new(tokio::sync::Semaphore::new(HANDSHAKES_MAX));
+        while let Some(incoming) = endpoint.accept().await {
+            let Ok(permit) = Arc::clone(&handshakes).try_acquire_owned() else {
+                incoming.ignore();
+                continue;
+            };
+            let shared = Arc::clone(&self);
+            self.runtime.spawn(async move {
+                let seen = tokio::time::timeout(ESTABLISH_TIMEOUT, async { incoming.await }).await;
+                drop(permit);
+                match seen {
+                    Ok(Ok(connection)) => {
+                        connection.close(VarInt::from_u32(CODE_DONE), b"this side dials");
+                    }
+                    Ok(Err(error)) => {
+                        if let refused @ Failed::Refused(_) = Failed::from(error) {
+                            shared.tell_failed(refused).await;
+                        }
+                    }
+                    Err(_) => {}
+                }
+            });
+        }
+    }
+
     async fn accept_for_ever(self: Arc<Self>, endpoint: Endpoint, link: usize) {
         let handshakes = Arc::new(tokio::sync::Semaphore::new(HANDSHAKES_MAX));
         while let Some(incoming) = endpoint.accept().await {
@@ -325,8 +397,9 @@ pub(super) fn keep(shared: &Arc<Shared>, endpoints: Vec<(Endpoint, quinn::Client
     runtime.spawn(async move {
         if dials {
             for (endpoint, _) in &endpoints {
-                // Nobody dials the side that dials: do not even answer.
-                endpoint.set_server_config(None);
+                shared
+                    .runtime
+                    .spawn(Arc::clone(&shared).answer_looks(endpoint.clone()));
             }
             tokio::select! {
                 () = shared.dial_for_ever(&endpoints) => {}
@@ -338,7 +411,10 @@ pub(super) fn keep(shared: &Arc<Shared>, endpoints: Vec<(Endpoint, quinn::Client
                     .runtime
                     .spawn(Arc::clone(&shared).accept_for_ever(endpoint.clone(), link));
             }
-            shared.stopped().await;
+            tokio::select! {
+                () = shared.look_for_ever(&endpoints) => {}
+                () = shared.stopped() => {}
+            }
         }
         for (endpoint, _) in &endpoints {
             endpoint.close(VarInt::from_u32(CODE_DONE), b"the partner stops");

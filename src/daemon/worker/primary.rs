@@ -3,6 +3,7 @@
 use super::attempt::{Attempt, InFlight};
 use super::busy::BusyMeter;
 use super::cutting::Taking;
+use super::ingress;
 use super::parts::{self, Parts};
 use super::publish::Shared;
 use super::receiver::FIRST_EPOCH;
@@ -12,7 +13,7 @@ use crate::api::types::{Failover, Role};
 use crate::daemon::clock::{now, now_ns};
 use crate::daemon::control::ControlMsg;
 use crate::interpose::checkpoint::{Checkpointer, ClockStatus};
-use crate::interpose::net::NetMode;
+use crate::interpose::net::{NetMode, NetPort};
 use crate::mirror::primary::{PrimaryEnd, PrimaryState};
 use crate::mirror::{
     Alert, MAX_IN_FLIGHT, Micros, Policy, Primary, PrimaryAction, PrimaryConfig, PrimaryInput,
@@ -23,6 +24,7 @@ use crate::registry::Versioned;
 use crate::vm::admission;
 use crate::vm::argv::Side;
 use crate::vm::qmp::Qmp;
+use bytes::Bytes;
 use interconnect::epoch::EpochMeta;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -412,7 +414,10 @@ impl PrimarySide {
             }
             VmCommand::Unprotect => {
                 self.wanted = None;
-                self.input(PrimaryInput::Unprotect);
+                // Solo there is nothing to undo but the wish.
+                if status.state != PrimaryState::Solo {
+                    self.input(PrimaryInput::Unprotect);
+                }
             }
             VmCommand::Switchover => {
                 if status.state != PrimaryState::Mirrored {
@@ -428,6 +433,8 @@ impl PrimarySide {
                 self.input(PrimaryInput::GuestShutdown);
             }
         }
+        // Whoever asked may look at once.
+        self.publish(true);
         Ok(())
     }
 
@@ -645,10 +652,16 @@ impl PrimarySide {
                     disk.checkpoint_ends();
                 }
                 attempt.spare.push(staging);
-                return PrimaryInput::CutFailed {
-                    epoch,
-                    reason: e.to_string(),
-                };
+                let reason = e.to_string();
+                if e.monitor_is_gone() {
+                    // Going solo with it would depose the standby, which is whole, for a
+                    // guest that is dead or that nobody can ever stop or resume again.
+                    self.parts.qemu.kill();
+                    let exit = self.parts.qemu.wait_exit(None);
+                    let reason = exit.map_or(reason, |exit| exit.to_string());
+                    return PrimaryInput::GuestDied { reason };
+                }
+                return PrimaryInput::CutFailed { epoch, reason };
             }
         };
         let (writes, collected) = (taking.writes, taking.collected);
@@ -667,7 +680,12 @@ impl PrimarySide {
         let bytes: u64 = pages * 4096 + writes.iter().map(|w| w.bytes).sum::<u64>();
         attempt.in_flight.push_back(InFlight {
             epoch,
-            began_ns: self.resumed_ns,
+            // Before epoch 1 nothing was promised, so nothing lagged.
+            began_ns: if epoch.0 == 1 {
+                begun_ns
+            } else {
+                self.resumed_ns
+            },
             resumed_ns,
             timings: cut.timings,
             capture_us: collected.wall_us,
@@ -675,12 +693,14 @@ impl PrimarySide {
             wire_bytes: 0,
         });
         self.resumed_ns = resumed_ns;
+        let egress = held_egress(&self.parts.ports, epoch);
         let job = EpochJob {
             epoch,
             staging,
             writes: writes.into_iter().map(|w| w.writes).collect(),
             base,
             device_state: cut.device_state,
+            egress,
             meta: EpochMeta {
                 flush,
                 clock_ns: begun_ns,
@@ -865,6 +885,18 @@ impl PrimarySide {
     pub(super) fn checkpointer_cont(&mut self) -> Result<(), String> {
         self.checkpointer.cont().map_err(say)
     }
+}
+
+/// What the gates hold of `epoch`, as it travels with it.
+fn held_egress(ports: &[Arc<NetPort>], epoch: Epoch) -> Vec<Bytes> {
+    let share = ingress::EGRESS_BYTES_MAX / ports.len().max(1);
+    let of_port = |(nic, port): (usize, &Arc<NetPort>)| {
+        let frames = port.held_of(epoch, share);
+        frames
+            .into_iter()
+            .filter_map(move |frame| ingress::egress(nic, &frame))
+    };
+    ports.iter().enumerate().flat_map(of_port).collect()
 }
 
 /// The operator's policy as the schedule takes it.

@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use interconnect::codec::{PageContent, decode_disk_writes, decode_pages};
 use interconnect::epoch::EpochAssembler;
 use interconnect::frame::{Frame, FrameKind};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Largest stream of RAM blocks outside the RAM file: VGA memory of 16 MiB and firmware
@@ -60,6 +60,26 @@ impl Landing {
     }
 }
 
+/// Whole epochs that may wait for the worker. A primary keeps within
+/// [`MAX_IN_FLIGHT`](crate::mirror::MAX_IN_FLIGHT) beyond what is acknowledged, and the
+/// standby acknowledges [`APPLY_BACKLOG_MAX`](crate::mirror::APPLY_BACKLOG_MAX) ahead of
+/// applying: one that sends more is confused, and is held by the lane's flow control.
+const WHOLE_MAX: usize = 3;
+const _: () = assert!(
+    WHOLE_MAX as u64 >= crate::mirror::APPLY_BACKLOG_MAX + crate::mirror::MAX_IN_FLIGHT as u64
+);
+
+/// One for each whole epoch that is not applied yet; when they are gone the receiver ends.
+pub struct Slots(std::sync::mpsc::Receiver<()>);
+
+impl Slots {
+    /// An epoch is applied (or dropped): one more may come.
+    pub fn give_back(&self) {
+        // Empty only if this is called too often, which frees nothing.
+        let _ = self.0.try_recv();
+    }
+}
+
 /// Start a receiver; it ends with the lane or when something is wrong with it.
 ///
 /// # Errors
@@ -68,32 +88,46 @@ pub fn start(
     landing: Landing,
     mut frames: tokio::sync::mpsc::Receiver<Frame>,
     inbox: Sender<WorkerEvent>,
-) -> std::io::Result<()> {
+) -> std::io::Result<Slots> {
+    let (slots, given_back) = sync_channel(WHOLE_MAX);
     let receive = move || {
-        let blocks = Some(BytesMut::new());
         let mut receiver = Receiver {
             landing,
             inbox,
-            blocks,
+            slots,
+            blocks: Some(BytesMut::new()),
             begun: Epoch::default(),
         };
         while let Some(frame) = frames.blocking_recv() {
             let epoch = frame.epoch;
-            if let Err(reason) = receiver.frame(frame) {
-                let _ = receiver.inbox.send(WorkerEvent::Bad { epoch, reason });
-                return;
+            match receiver.frame(frame) {
+                Ok(Go::On) => {}
+                Ok(Go::End) => return,
+                Err(reason) => {
+                    let _ = receiver.inbox.send(WorkerEvent::Bad { epoch, reason });
+                    return;
+                }
             }
         }
     };
     std::thread::Builder::new()
         .name("epoch-recv".into())
-        .spawn(receive)
-        .map(drop)
+        .spawn(receive)?;
+    Ok(Slots(given_back))
+}
+
+/// Whether a receiver goes on after a frame.
+enum Go {
+    On,
+    /// Nobody is there to take epochs.
+    End,
 }
 
 struct Receiver {
     landing: Landing,
     inbox: Sender<WorkerEvent>,
+    /// One is taken for each whole epoch.
+    slots: SyncSender<()>,
     /// The RAM blocks so far, until the first frame of another kind.
     blocks: Option<BytesMut>,
     /// The newest epoch of which content has come.
@@ -101,41 +135,54 @@ struct Receiver {
 }
 
 impl Receiver {
-    fn frame(&mut self, frame: Frame) -> Result<(), String> {
-        if frame.vm != self.landing.vm || frame.generation != self.landing.generation {
+    fn frame(&mut self, frame: Frame) -> Result<Go, String> {
+        let Frame {
+            kind,
+            vm,
+            generation,
+            ..
+        } = frame;
+        if vm != self.landing.vm || generation != self.landing.generation {
             return Err(format!(
-                "a frame of VM {} generation {} on the lane of VM {} generation {}",
-                frame.vm, frame.generation, self.landing.vm, self.landing.generation
+                "a frame of VM {vm} generation {generation} on the lane of VM {} generation {}",
+                self.landing.vm, self.landing.generation
             ));
         }
-        match frame.kind {
-            FrameKind::SeedBlocks => self.add_blocks(&frame.payload),
-            FrameKind::SeedPages => {
-                self.end_blocks();
-                self.seed_pages(&frame.payload)
-            }
-            FrameKind::SeedDisk => {
-                self.end_blocks();
-                self.seed_disk(&frame.payload)
-            }
-            kind => {
-                self.end_blocks();
-                if kind != FrameKind::Ingress && frame.epoch > self.begun {
-                    self.begun = frame.epoch;
-                    tracing::debug!(epoch = %self.begun, "epoch begins to come");
-                }
-                let whole = self
-                    .landing
-                    .assembler()
-                    .push(frame)
-                    .map_err(|e| e.to_string())?;
-                if let Some(epoch) = whole {
-                    tracing::debug!(epoch = %epoch.epoch, "epoch whole");
-                    let _ = self.inbox.send(WorkerEvent::Whole(Box::new(epoch)));
-                }
-                Ok(())
-            }
+        let seeding = matches!(
+            kind,
+            FrameKind::SeedBlocks | FrameKind::SeedPages | FrameKind::SeedDisk
+        );
+        if seeding && self.begun != Epoch::default() {
+            // It would go past the buffer, into the middle of an epoch.
+            return Err(format!("a {kind:?} frame after epoch {} began", self.begun));
         }
+        if kind != FrameKind::SeedBlocks {
+            self.end_blocks();
+        }
+        match kind {
+            FrameKind::SeedBlocks => self.add_blocks(&frame.payload)?,
+            FrameKind::SeedPages => self.seed_pages(&frame.payload)?,
+            FrameKind::SeedDisk => self.seed_disk(&frame.payload)?,
+            _ => return self.epoch_frame(frame),
+        }
+        Ok(Go::On)
+    }
+
+    fn epoch_frame(&mut self, frame: Frame) -> Result<Go, String> {
+        if frame.kind != FrameKind::Ingress && frame.epoch > self.begun {
+            self.begun = frame.epoch;
+            tracing::debug!(epoch = %self.begun, "epoch begins to come");
+        }
+        let pushed = self.landing.assembler().push(frame);
+        let Some(whole) = pushed.map_err(|e| e.to_string())? else {
+            return Ok(Go::On);
+        };
+        tracing::debug!(epoch = %whole.epoch, "epoch whole");
+        if self.slots.send(()).is_err() {
+            return Ok(Go::End);
+        }
+        let _ = self.inbox.send(WorkerEvent::Whole(Box::new(whole)));
+        Ok(Go::On)
     }
 
     fn add_blocks(&mut self, piece: &[u8]) -> Result<(), String> {
@@ -188,3 +235,125 @@ impl Receiver {
 
 /// The epoch an assembler of a fresh attempt expects first.
 pub const FIRST_EPOCH: Epoch = Epoch(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use interconnect::codec::CompressMode;
+    use interconnect::epoch::{EpochLimits, EpochMeta, EpochWriter};
+    use std::convert::Infallible;
+    use std::sync::mpsc::{Receiver as Inbox, channel};
+
+    const VM: VmId = VmId([4; 16]);
+    const GENERATION: Generation = Generation(2);
+    const PAGES: u64 = 4;
+
+    struct Lane {
+        frames: tokio::sync::mpsc::Sender<Frame>,
+        inbox: Inbox<WorkerEvent>,
+        slots: Slots,
+        writer: EpochWriter,
+        _file: tempfile::NamedTempFile,
+    }
+
+    fn lane() -> Lane {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(PAGES * 4096).unwrap();
+        let mut assembler = EpochAssembler::new(PAGES, EpochLimits::for_guest(PAGES, vec![]));
+        assembler.expect(VM, GENERATION, FIRST_EPOCH);
+        let landing = Landing {
+            vm: VM,
+            generation: GENERATION,
+            ram: Arc::new(Mutex::new(
+                RamImage::open(file.path(), PAGES * 4096).unwrap(),
+            )),
+            disks: vec![],
+            assembler: Arc::new(Mutex::new(assembler)),
+        };
+        let (frames, rx) = tokio::sync::mpsc::channel(100);
+        let (tx, inbox) = channel();
+        Lane {
+            frames,
+            inbox,
+            slots: start(landing, rx, tx).unwrap(),
+            writer: EpochWriter::new(VM, GENERATION, CompressMode::Raw),
+            _file: file,
+        }
+    }
+
+    impl Lane {
+        fn put(&self, frame: Frame) {
+            self.frames.blocking_send(frame).unwrap();
+        }
+
+        fn put_epoch(&mut self, epoch: u64) {
+            let mut frames = Vec::new();
+            let mut send = |frame| {
+                frames.push(frame);
+                Ok::<_, Infallible>(())
+            };
+            let meta = EpochMeta {
+                guest_pages: PAGES,
+                ..EpochMeta::default()
+            };
+            self.writer.begin(Epoch(epoch));
+            self.writer
+                .device_state(Bytes::from_static(b"state"), &mut send)
+                .unwrap();
+            self.writer.finish(&meta, &mut send).unwrap();
+            frames.into_iter().for_each(|frame| self.put(frame));
+        }
+
+        fn seed(&self, kind: FrameKind, payload: &'static [u8]) {
+            self.put(Frame {
+                kind,
+                vm: VM,
+                generation: GENERATION,
+                epoch: Epoch::default(),
+                payload: Bytes::from_static(payload),
+            });
+        }
+
+        fn whole(&self) -> Epoch {
+            loop {
+                if let WorkerEvent::Whole(epoch) = self.inbox.recv().unwrap() {
+                    return epoch.epoch;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn epochs_that_nobody_applies_are_bounded() {
+        let mut lane = lane();
+        let sent = WHOLE_MAX as u64 + 3;
+        (1..=sent).for_each(|epoch| lane.put_epoch(epoch));
+        for epoch in 1..=WHOLE_MAX as u64 {
+            assert_eq!(lane.whole(), Epoch(epoch));
+        }
+        lane.slots.give_back();
+        assert_eq!(lane.whole(), Epoch(WHOLE_MAX as u64 + 1));
+        // The worker goes away: the receiver ends and what it held back never comes.
+        drop(lane.slots);
+        drop(lane.frames);
+        assert_eq!(lane.inbox.iter().count(), 0);
+    }
+
+    #[test]
+    fn seeding_does_not_go_past_an_epoch() {
+        let mut lane = lane();
+        lane.seed(FrameKind::SeedBlocks, b"blocks");
+        lane.put_epoch(1);
+        assert!(
+            matches!(lane.inbox.recv().unwrap(), WorkerEvent::Blocks(b) if b[..] == b"blocks"[..])
+        );
+        assert_eq!(lane.whole(), Epoch(1));
+        lane.seed(FrameKind::SeedPages, b"");
+        match lane.inbox.recv().unwrap() {
+            WorkerEvent::Bad { reason, .. } => {
+                assert!(reason.contains("after epoch 1"), "{reason}")
+            }
+            _ => panic!("an epoch or blocks"),
+        }
+    }
+}

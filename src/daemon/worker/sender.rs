@@ -11,7 +11,7 @@ use crate::interpose::memory::{PAGE_SIZE, Page, Staging};
 use crate::pool::{Epoch, Generation, VmId};
 use bytes::Bytes;
 use interconnect::codec::{self, CompressMode, DiskOp};
-use interconnect::epoch::{AuditSums, EpochMeta, EpochWriter, WriteError};
+use interconnect::epoch::{AuditSums, EpochMeta, EpochWriter, WriteError, ingress_frames};
 use interconnect::frame::Frame;
 use interconnect::link::{EpochLane, SendError};
 use std::ops::Range;
@@ -20,6 +20,9 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 
 /// Most bytes of a disk read at once.
 pub const DISK_CHUNK_BYTES: u64 = 1 << 20;
+
+/// Packets in one frame of egress.
+const EGRESS_BATCH: usize = 64;
 
 /// One epoch to send.
 pub struct EpochJob {
@@ -33,6 +36,8 @@ pub struct EpochJob {
     pub base: Vec<Vec<Range<u64>>>,
     /// The device state.
     pub device_state: Bytes,
+    /// Packets the gate holds of it, for the standby to let out if this side cannot.
+    pub egress: Vec<Bytes>,
     /// What the primary says of it; the audit's sums are filled in here.
     pub meta: EpochMeta,
 }
@@ -218,6 +223,13 @@ fn send(
         let writes: Vec<codec::DiskWrite> = writes.into_iter().map(|w| to_wire(index, w)).collect();
         if !writes.is_empty() {
             writer.disk(&writes, &mut put).map_err(words)?;
+        }
+    }
+    for batch in job.egress.chunks(EGRESS_BATCH) {
+        let frames = ingress_frames(config.vm, config.generation, job.epoch, batch)
+            .map_err(|e| e.to_string())?;
+        for frame in frames {
+            put(frame).map_err(|e| e.to_string())?;
         }
     }
     writer

@@ -1,6 +1,6 @@
 //! The side that waits: carries out what [`mirror::Standby`](crate::mirror::Standby) decides.
 
-use super::ingress;
+use super::ingress::{self, Way};
 use super::parts::Parts;
 use super::primary::PrimarySide;
 use super::publish::Shared;
@@ -65,6 +65,8 @@ struct StandbySide<'a> {
     last: Option<LastApplied>,
     failover: Failover,
     lane_seen: bool,
+    /// Given back with each applied epoch, or the receiver takes no more.
+    slots: Option<receiver::Slots>,
     published_at: Micros,
     measured_at: Micros,
     resident_bytes: Option<u64>,
@@ -197,6 +199,7 @@ impl<'a> StandbySide<'a> {
                 ..Failover::default()
             },
             lane_seen: false,
+            slots: None,
             published_at: Micros::ZERO,
             measured_at: Micros::ZERO,
             resident_bytes: None,
@@ -300,10 +303,11 @@ impl<'a> StandbySide<'a> {
                     return;
                 }
                 self.lane_seen = true;
-                if let Err(e) = receiver::start(self.landing.clone(), rx, self.inbox.clone()) {
-                    self.input(StandbyInput::ShellFailed {
+                match receiver::start(self.landing.clone(), rx, self.inbox.clone()) {
+                    Ok(slots) => self.slots = Some(slots),
+                    Err(e) => self.input(StandbyInput::ShellFailed {
                         reason: e.to_string(),
-                    });
+                    }),
                 }
             }
             WorkerEvent::Blocks(blocks) => self.blocks = Some(blocks),
@@ -502,6 +506,9 @@ impl<'a> StandbySide<'a> {
                 self.syncer.written();
             }
         }
+        if let Some(slots) = &self.slots {
+            slots.give_back();
+        }
         self.epochs += 1;
         self.last = Some(LastApplied {
             epoch,
@@ -559,21 +566,30 @@ impl<'a> StandbySide<'a> {
         Ok(control)
     }
 
-    /// Give the guest again what it may have been given after its checkpoint: the open
-    /// epoch's frames, and the last one's (a frame that reached QEMU while the guest stood
-    /// still is in no checkpoint). Networks may repeat frames; TCP drops what it has.
+    /// Let out what the old primary held of the epoch this side goes on from, and give the
+    /// guest again what it may have been given after its checkpoint: the open epoch's
+    /// frames, and the last one's (a frame that reached QEMU while the guest stood still is
+    /// in no checkpoint). Networks may repeat frames; TCP drops what it has.
     fn replay(&mut self, last: Vec<Bytes>) -> u64 {
+        let mut ways = vec![(Vec::new(), Vec::new()); self.parts.ports.len()];
+        for (way, nic, frame) in last.into_iter().filter_map(ingress::split) {
+            match (way, ways.get_mut(nic)) {
+                (Way::Out, Some((out, _))) => out.push(frame),
+                (Way::In, Some((_, again))) => again.push(frame),
+                (_, None) => {}
+            }
+        }
+        // The open epoch was not committed: nothing of what its guest sent may leave.
         let open = self.landing.assembler().open_ingress();
-        let mut per_port = vec![Vec::new(); self.parts.ports.len()];
-        for (nic, frame) in last.into_iter().chain(open).filter_map(ingress::split) {
-            if let Some(frames) = per_port.get_mut(nic) {
-                frames.push(frame);
+        for (way, nic, frame) in open.into_iter().filter_map(ingress::split) {
+            if let (Way::In, Some((_, again))) = (way, ways.get_mut(nic)) {
+                again.push(frame);
             }
         }
         let mut replayed = 0;
-        for (port, frames) in self.parts.ports.iter().zip(per_port) {
-            replayed += frames.len() as u64;
-            port.inject(frames);
+        for (port, (out, again)) in self.parts.ports.iter().zip(ways) {
+            replayed += (port.let_out(&out) + again.len()) as u64;
+            port.inject(again);
         }
         replayed
     }

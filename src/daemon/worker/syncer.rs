@@ -72,10 +72,10 @@ mod tests {
 
     #[test]
     fn it_looks_until_it_is_dropped() {
-        let written = AtomicBool::new(true);
+        let written = &AtomicBool::new(true);
         let (life, ended) = channel::<()>();
         std::thread::scope(|scope| {
-            scope.spawn(|| serve(&[], &written, &ended));
+            scope.spawn(move || serve(&[], written, &ended));
             while written.load(Ordering::Acquire) {
                 std::thread::yield_now();
             }

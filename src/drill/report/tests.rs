@@ -54,7 +54,7 @@ pub(crate) fn good() -> Facts {
     let audit = AuditView {
         memory_equal: true,
         disks_equal: true,
-        audit_ms: 50,
+        audit_us: 5_000,
     };
     let mut after = view("b", Role::Solo, 2);
     after.last_failover = Some(FailoverView {

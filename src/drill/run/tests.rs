@@ -89,7 +89,7 @@ impl DrillEnv for Words {
             Some(AuditView {
                 memory_equal: true,
                 disks_equal: true,
-                audit_ms: 1,
+                audit_us: 1,
             })
         })
     }

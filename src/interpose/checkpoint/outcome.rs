@@ -105,6 +105,15 @@ pub struct CutError {
     pub resumed: bool,
 }
 
+impl CutError {
+    /// Whether a monitor is gone: QEMU has ended, or nobody can stop, save or resume its
+    /// guest any more.
+    #[must_use]
+    pub fn monitor_is_gone(&self) -> bool {
+        matches!(&self.cause, CutCause::Qmp(cause) if cause.is_fatal())
+    }
+}
+
 /// What stood behind a [`CutError`].
 #[derive(Debug, thiserror::Error)]
 pub enum CutCause {

@@ -123,6 +123,25 @@ impl Gate {
         self.held.drain(..count)
     }
 
+    /// The newest frames of `epoch`, in order, as many as fit into `bytes_max` bytes.
+    #[must_use]
+    pub fn newest_of(&self, epoch: Epoch, bytes_max: usize) -> Vec<Bytes> {
+        let mut room = bytes_max;
+        let mut frames: Vec<Bytes> = self
+            .held
+            .iter()
+            .rev()
+            .skip_while(|held| held.epoch > epoch)
+            .take_while(|held| held.epoch == epoch)
+            .map_while(|held| {
+                room = room.checked_sub(held.frame.len())?;
+                Some(held.frame.clone())
+            })
+            .collect();
+        frames.reverse();
+        frames
+    }
+
     /// Frames of epochs from `from` on count as of `running` now: their epoch goes on. Answers
     /// whether there are any. `running` must be at least the epoch of every other frame.
     pub fn uncut(&mut self, from: Epoch, running: Epoch) -> bool {
@@ -176,6 +195,20 @@ impl Gate {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn the_newest_frames_of_one_epoch_are_shown_and_stay() {
+        let mut gate = Gate::default();
+        for (epoch, byte) in [(1, 0), (2, 1), (2, 2), (2, 3), (3, 4)] {
+            gate.push(Epoch(epoch), Bytes::from(vec![byte; 10]), Duration::ZERO)
+                .unwrap();
+        }
+        let firsts = |frames: Vec<Bytes>| frames.iter().map(|f| f[0]).collect::<Vec<_>>();
+        assert_eq!(firsts(gate.newest_of(Epoch(2), 100)), [1, 2, 3]);
+        assert_eq!(firsts(gate.newest_of(Epoch(2), 25)), [2, 3]);
+        assert_eq!(firsts(gate.newest_of(Epoch(4), 100)), [0; 0]);
+        assert_eq!(gate.packets(), 5);
+    }
 
     #[derive(Clone, Debug)]
     enum Op {

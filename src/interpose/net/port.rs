@@ -399,6 +399,28 @@ impl NetPort {
         shared.wake_thread();
     }
 
+    /// What is held of `epoch`, the newest `bytes_max` bytes, in order: for the standby, which
+    /// lets it out if this side dies between commit and release.
+    #[must_use]
+    pub fn held_of(&self, epoch: Epoch, bytes_max: usize) -> Vec<Bytes> {
+        self.shared.lock_state().gate.newest_of(epoch, bytes_max)
+    }
+
+    /// Let out, in order, what the old primary held of the epoch this side was promoted from.
+    /// It may have let it out before it died: networks may repeat frames. Only in mode Direct.
+    /// Answers how many.
+    pub fn let_out(&self, frames: &[Bytes]) -> usize {
+        let shared = &*self.shared;
+        let _order = shared.lock_order();
+        if shared.lock_state().mode != NetMode::Direct {
+            return 0;
+        }
+        for frame in frames {
+            shared.to_tap(frame);
+        }
+        frames.len()
+    }
+
     /// Hand these frames to the guest, in order, before anything newer from the tap: the replay
     /// of what the last primary's guest had been given since the last commit. Call once QEMU
     /// runs. Frames beyond a gate's worth are dropped.

@@ -299,12 +299,6 @@ fn each_mistake_has_its_exact_words() {
         ),
         (
             "partner = \"host-b\"",
-            "",
-            "vm.toml:19:2: `mirror.partner` is missing: `protection = \"mirrored\"` needs the name of the \
-             host that keeps the standby, like partner = \"host-b\" below [mirror]",
-        ),
-        (
-            "partner = \"host-b\"",
             "partner = \"host-b\"\nepoch_gap_min_ms = 50\nepoch_interval_max_ms = 20",
             "vm.toml:21:1: `mirror.epoch_gap_min_ms` is 50, `mirror.epoch_interval_max_ms` is 20: the gap \
              must be the smaller one",

@@ -1,15 +1,22 @@
 //! A drill's environment in the lab: real hosts, a real VM, the API.
+//!
+//! One value may serve several drills in a row ([`LabEnv::stay_up`]): the lab stays, the
+//! VM is made anew for each over the disk that the one before left behind.
 
+mod guest;
+mod view;
+
+pub use guest::Guest;
+
+use self::view::{audit_view, view};
 use super::DrillKind;
 use super::env::{
-    AuditView, ClientPipes, DiskRecords, DrillEnv, EnvError, EventView, FailoverView, MonotonicNs,
-    PauseView, Quantiles, Role, Service, Setting, VmView,
+    AuditView, ClientPipes, DiskRecords, DrillEnv, EnvError, MonotonicNs, Role, Service, Setting,
+    VmView,
 };
 use crate::api::client::{Client, ClientError, block};
-use crate::api::types::{
-    self, CreateVm, Done, EpochFigures, Failover, HostStatus, Percentiles, Protect, VmStatus,
-};
-use crate::lab::daemons::{lab_up, wait_daemon};
+use crate::api::types::{self, CreateVm, Done, HostStatus, Protect, VmStatus};
+use crate::lab::daemons::{daemon_spec, up_linked, wait_daemon};
 use crate::lab::{HostNet, KeepPolicy, Lab, Place, in_network};
 use crate::pool::HostName;
 use pollux_workload::record;
@@ -18,7 +25,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -32,116 +39,22 @@ const DISK_BYTES: u64 = 64 << 20;
 const POLL: Duration = Duration::from_millis(10);
 /// Longest wait for the guest's service to answer one request.
 const ANSWER: Duration = Duration::from_secs(2);
-
-/// What the lab's VM is like.
-#[derive(Debug, Clone)]
-pub struct Guest {
-    /// Folder with `vmlinuz`, `initrd` and `initrd-redis`.
-    pub images: PathBuf,
-    /// Guest RAM, MiB.
-    pub memory_mib: u64,
-    /// vCPUs.
-    pub vcpus: u8,
-    /// Machine type as in a spec.
-    pub machine: String,
-    /// More for the kernel's command line.
-    pub cmdline: String,
-}
-
-impl Guest {
-    /// The test guest in `images`: 512 MiB, one vCPU.
-    #[must_use]
-    pub fn new(images: &Path) -> Self {
-        Self {
-            images: images.into(),
-            memory_mib: 512,
-            vcpus: 1,
-            machine: "auto".into(),
-            cmdline: String::new(),
-        }
-    }
-
-    /// The folder with the images: `POLLUX_GUEST`, else `target/guest/current` under the
-    /// working folder or beside the running program.
-    ///
-    /// # Errors
-    /// If there is none.
-    pub fn find_images() -> Result<PathBuf, EnvError> {
-        let beside = std::env::current_exe().ok().and_then(|exe| {
-            let target = exe
-                .ancestors()
-                .find(|p| p.file_name().is_some_and(|n| n == "target"))?;
-            Some(target.join("guest/current"))
-        });
-        let candidates = [
-            std::env::var_os("POLLUX_GUEST").map(PathBuf::from),
-            Some("target/guest/current".into()),
-            beside,
-        ];
-        candidates
-            .into_iter()
-            .flatten()
-            .find(|p| p.join("vmlinuz").exists())
-            .and_then(|p| p.canonicalize().ok())
-            .ok_or_else(|| {
-                EnvError::new(
-                    "finding the test guest",
-                    "there is no target/guest/current here; run `make setup`, or name its folder in POLLUX_GUEST",
-                )
-            })
-    }
-
-    fn spec(&self, setting: &Setting) -> String {
-        let (modes, initrd) = match setting.service {
-            Service::Counter => ("counter,disk,memory,net,cpu", "initrd"),
-            Service::Redis => ("counter,disk,memory,net,cpu,redis", "initrd-redis"),
-        };
-        let address = std::net::Ipv4Addr::from(GUEST);
-        // Under TCG the guest's TSC is the host's, and a microvm has nothing to measure it by.
-        let tsc = crate::interpose::checkpoint::ticks_per_second() / 1000;
-        let load = &setting.load;
-        let images = self.images.display();
-        format!(
-            r#"name = "{VM_NAME}"
-uuid = "d0d0cafe-0000-4000-8000-00000000d111"
-memory = "{} MiB"
-vcpus = {}
-machine = "{}"
-accel = "tcg"
-kernel = "{images}/vmlinuz"
-initrd = "{images}/{initrd}"
-cmdline = "console=ttyS0 quiet oops=panic reboot=t tsc=reliable no_timer_check cryptomgr.notests rcupdate.rcu_expedited=1 tsc_early_khz={tsc} pollux.ip={address}/24 pollux.mode={modes} pollux.disk_iops={} pollux.mem_pages_s={} pollux.cpu_threads=0 {}"
-[[disk]]
-name = "data"
-path = "{VM_NAME}.raw"
-size = "{} MiB"
-durability = "memory"
-[[nic]]
-name = "lan"
-bridge = "{}"
-[mirror]
-audit = {}
-"#,
-            self.memory_mib,
-            self.vcpus,
-            self.machine,
-            load.disk_iops,
-            load.mem_pages_s,
-            self.cmdline,
-            DISK_BYTES >> 20,
-            crate::lab::HOST_BRIDGE,
-            setting.audit,
-        )
-    }
-}
+/// Longest wait for a VM that was told to stop.
+const STOP_LIMIT: Duration = Duration::from_secs(20);
 
 /// Two hosts in a lab of its own, and one VM.
 pub struct LabEnv {
     name: String,
     guest: Guest,
     service: Service,
+    program: Option<PathBuf>,
+    keep_files: bool,
+    stay_up: bool,
     lab: Option<Lab>,
+    /// Does not answer and is not asked.
     dark: Option<HostName>,
+    /// Ran the VM last, and has the newest disk.
+    home: Option<HostName>,
 }
 
 fn refused(step: &str) -> impl FnOnce(ClientError) -> EnvError + '_ {
@@ -156,12 +69,46 @@ impl LabEnv {
             name: name.into(),
             guest,
             service: Service::Counter,
+            program: None,
+            keep_files: false,
+            stay_up: false,
             lab: None,
             dark: None,
+            home: None,
         }
     }
 
-    fn lab(&self) -> Result<&Lab, EnvError> {
+    /// The pollux binary for hosts and clients, where it is not the running program.
+    #[must_use]
+    pub fn program(mut self, program: impl Into<PathBuf>) -> Self {
+        self.program = Some(program.into());
+        self
+    }
+
+    /// Leave the lab's directory (logs, disks) behind when it goes down.
+    #[must_use]
+    pub fn keep_files(mut self, keep: bool) -> Self {
+        self.keep_files = keep;
+        self
+    }
+
+    /// Keep the lab up between drills; it goes when this value does.
+    #[must_use]
+    pub fn stay_up(mut self) -> Self {
+        self.stay_up = true;
+        self
+    }
+
+    /// Another guest for the next drill of a lab that stays up.
+    pub fn set_guest(&mut self, guest: Guest) {
+        self.guest = guest;
+    }
+
+    /// The lab.
+    ///
+    /// # Errors
+    /// If it is not up.
+    pub fn lab(&self) -> Result<&Lab, EnvError> {
         self.lab
             .as_ref()
             .ok_or_else(|| EnvError::new("using the lab", "it is not up"))
@@ -171,7 +118,20 @@ impl LabEnv {
         Ok(self.lab()?.plan().hosts.clone())
     }
 
-    fn client(&self, host: &HostName) -> Result<Client, EnvError> {
+    fn pollux(&self) -> Result<PathBuf, EnvError> {
+        match &self.program {
+            Some(program) => Ok(program.clone()),
+            None => {
+                std::env::current_exe().map_err(|e| EnvError::new("finding the pollux binary", e))
+            }
+        }
+    }
+
+    /// The API of a host.
+    ///
+    /// # Errors
+    /// If there is no such host, or no lab.
+    pub fn client(&self, host: &HostName) -> Result<Client, EnvError> {
         let net = self
             .lab()?
             .host(host)
@@ -179,7 +139,9 @@ impl LabEnv {
         Ok(Client::new(&net.api_socket))
     }
 
-    fn status(&self, host: &HostName) -> Option<VmStatus> {
+    /// What a host says of the VM; none if it does not answer or is dark.
+    #[must_use]
+    pub fn status(&self, host: &HostName) -> Option<VmStatus> {
         if self.dark.as_ref() == Some(host) {
             return None;
         }
@@ -187,7 +149,11 @@ impl LabEnv {
         block(client.get(&format!("/v1/vms/{VM_NAME}"))).ok()
     }
 
-    fn wait<T>(
+    /// Look again and again until there is something to give back, or `limit` is over.
+    ///
+    /// # Errors
+    /// What was waited for and what was seen last.
+    pub fn wait<T>(
         &mut self,
         what: &str,
         limit: Duration,
@@ -207,6 +173,71 @@ impl LabEnv {
                 Err(_) => std::thread::sleep(POLL),
             }
         }
+    }
+
+    /// Stop the VM on the host that runs it; its disk then holds what is committed and
+    /// nothing else. Gives the host and the image.
+    ///
+    /// # Errors
+    /// If nobody runs it or it does not stop.
+    pub fn stop_vm(&mut self) -> Result<(HostName, PathBuf), EnvError> {
+        let step = "stopping the VM";
+        let view = self.primary().map_err(|e| EnvError::new(step, e))?;
+        let image = self
+            .status(&view.host)
+            .and_then(|s| s.disks.first().cloned())
+            .ok_or_else(|| EnvError::new(step, "its image is not known"))?;
+        let _: Done = block(
+            self.client(&view.host)?
+                .post(&format!("/v1/vms/{VM_NAME}/stop"), &()),
+        )
+        .map_err(refused(step))?;
+        for host in self.host_names()? {
+            self.wait("the VM to stop", STOP_LIMIT, |env| {
+                match env.status(&host) {
+                    Some(s) if s.role == types::Role::Stopped => Ok(()),
+                    Some(s) => Err(format!("on host {host} it is {}", s.state)),
+                    None => Ok(()),
+                }
+            })?;
+        }
+        self.home = Some(view.host.clone());
+        Ok((view.host, PathBuf::from(image)))
+    }
+
+    fn host_names(&self) -> Result<Vec<HostName>, EnvError> {
+        Ok(self.hosts()?.into_iter().map(|h| h.name).collect())
+    }
+
+    /// Make the lab, or see that the one that is up is free for another VM.
+    fn begin(&mut self) -> Result<HostNet, EnvError> {
+        let step = "making the lab";
+        if self.lab.is_none() {
+            let hosts = ["a", "b"].map(|n| HostName::new(n).expect("both are valid names"));
+            let spec = daemon_spec(&self.name, hosts.to_vec(), 1, KeepPolicy::WithCreator);
+            let mut spec = spec.map_err(|e| EnvError::new(step, e))?;
+            spec.program = self.pollux()?;
+            if let Some(program) = spec.daemon_argv.first_mut() {
+                *program = spec.program.display().to_string();
+            }
+            spec.keep_files = self.keep_files;
+            self.lab = Some(up_linked(spec).map_err(|e| EnvError::new(step, format!("{e:#}")))?);
+        }
+        if self.primary().is_ok() {
+            self.stop_vm()?;
+        }
+        for host in self.host_names()? {
+            if self.status(&host).is_some() {
+                let _: Done = block(self.client(&host)?.delete(&format!("/v1/vms/{VM_NAME}")))
+                    .map_err(refused("forgetting the VM of the drill before"))?;
+            }
+        }
+        let hosts = self.hosts()?;
+        let home = hosts
+            .iter()
+            .find(|h| self.home.as_ref().is_none_or(|home| h.name == *home));
+        home.cloned()
+            .ok_or_else(|| EnvError::new(step, "it has no hosts"))
     }
 
     fn log_dir(&self) -> String {
@@ -239,7 +270,10 @@ impl LabEnv {
     }
 
     /// The host that runs the VM, and its view.
-    fn primary(&mut self) -> Result<VmView, String> {
+    ///
+    /// # Errors
+    /// If none does.
+    pub fn primary(&mut self) -> Result<VmView, String> {
         let views = self.views().map_err(|e| e.to_string())?;
         let mut running = views
             .into_iter()
@@ -258,14 +292,13 @@ impl LabEnv {
 impl DrillEnv for LabEnv {
     fn prepare(&mut self, setting: &Setting, limit: Duration) -> Result<(), EnvError> {
         self.service = setting.service;
-        let hosts = ["a", "b"].map(|n| HostName::new(n).expect("both are valid names"));
-        let lab = lab_up(&self.name, hosts.to_vec(), 1, KeepPolicy::WithCreator)
-            .map_err(|e| EnvError::new("making the lab", format!("{e:#}")))?;
-        let first = lab.plan().hosts.first().cloned();
-        self.lab = Some(lab);
-        let net = first.ok_or_else(|| EnvError::new("making the lab", "it has no hosts"))?;
+        let net = self.begin()?;
         let image = net.state_dir.join("images").join(format!("{VM_NAME}.raw"));
-        File::create(&image)
+        File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&image)
             .and_then(|f| f.set_len(DISK_BYTES))
             .map_err(|e| EnvError::new(format!("making the disk {}", image.display()), e))?;
         let client = Client::new(&net.api_socket);
@@ -290,7 +323,7 @@ impl DrillEnv for LabEnv {
 
     fn spawn_client(&mut self, args: &[OsString]) -> Result<ClientPipes, EnvError> {
         let step = "starting the clients outside";
-        let program = std::env::current_exe().map_err(|e| EnvError::new(step, e))?;
+        let program = self.pollux()?;
         let mut argv = vec![program.into_os_string()];
         argv.extend_from_slice(args);
         let mut command: Command = self.lab()?.command(&Place::Outside, &argv);
@@ -384,7 +417,8 @@ impl DrillEnv for LabEnv {
     fn wait_running(&mut self, generation: u64, limit: Duration) -> Result<VmView, EnvError> {
         self.wait("a side to run the VM", limit, |env| {
             let view = env.primary()?;
-            if view.generation > generation && view.last_failover.is_some() {
+            let left = env.status(&view.host).and_then(|s| s.last_failover);
+            if left.is_some_and(|f| f.from_generation >= generation) {
                 Ok(view)
             } else {
                 Err(format!(
@@ -428,26 +462,9 @@ impl DrillEnv for LabEnv {
             return Ok(None);
         }
         let step = "reading the records off the disk";
-        let view = self.primary().map_err(|e| EnvError::new(step, e))?;
-        let image = self
-            .status(&view.host)
-            .and_then(|s| s.disks.first().cloned())
-            .ok_or_else(|| EnvError::new(step, "the image is not known"))?;
-        // Stopping writes out what is committed and nothing else.
-        let _: Done = block(
-            self.client(&view.host)?
-                .post(&format!("/v1/vms/{VM_NAME}/stop"), &()),
-        )
-        .map_err(refused("stopping the VM"))?;
-        let host = view.host;
-        self.wait("the VM to stop", Duration::from_secs(20), |env| {
-            match env.status(&host) {
-                Some(s) if s.role == types::Role::Stopped => Ok(()),
-                Some(s) => Err(s.state),
-                None => Err("the host does not answer".into()),
-            }
-        })?;
-        let file = File::open(&image).map_err(|e| EnvError::new(format!("opening {image}"), e))?;
+        let (_, image) = self.stop_vm()?;
+        let file = File::open(&image)
+            .map_err(|e| EnvError::new(format!("opening {}", image.display()), e))?;
         let listing = record::list(&file, DISK_BYTES).map_err(|e| EnvError::new(step, e))?;
         let layout = pollux_workload::layout::Layout::for_disk(DISK_BYTES)
             .map_err(|e| EnvError::new(step, e))?;
@@ -462,6 +479,12 @@ impl DrillEnv for LabEnv {
     }
 
     fn finish(&mut self) {
+        if self.stay_up {
+            return;
+        }
+        if self.keep_files {
+            eprintln!("the lab's logs and disks stay in {}", self.log_dir());
+        }
         if let Some(lab) = self.lab.take()
             && let Err(e) = lab.down()
         {
@@ -481,73 +504,6 @@ fn ranges(numbers: &[u64]) -> Vec<(u64, u64)> {
         }
     }
     ranges
-}
-
-fn quantiles(p: Percentiles, count: u64) -> Quantiles {
-    Quantiles {
-        count,
-        p50_us: p.p50,
-        p90_us: p.p90,
-        p99_us: p.p99,
-        max_us: p.max,
-    }
-}
-
-fn audit_view(f: &Failover) -> Option<AuditView> {
-    Some(AuditView {
-        memory_equal: f.memory_equal?,
-        disks_equal: f.disks_equal?,
-        audit_ms: f.audit_us / 1000,
-    })
-}
-
-fn view(host: HostName, status: VmStatus) -> VmView {
-    let e: EpochFigures = status.epochs.unwrap_or_default();
-    let q = |p| quantiles(p, e.window);
-    VmView {
-        host,
-        role: match (status.role, status.state.as_str()) {
-            (types::Role::Primary, "solo") => Role::Solo,
-            (types::Role::Primary, _) => Role::Primary,
-            (types::Role::Standby, _) => Role::Standby,
-            (types::Role::Stopped, _) => Role::None,
-        },
-        state: status.state,
-        mirrored: status.mirrored,
-        generation: status.generation,
-        epoch: status.epoch,
-        committed_epoch: status.committed,
-        lag_us: e.lag_us.p50,
-        pause: PauseView {
-            total: q(e.pause_us),
-            stop: q(e.stop_us),
-            capture: q(e.capture_us),
-            save: q(e.save_us),
-            cont: q(e.cont_us),
-        },
-        commit: q(e.commit_us),
-        epochs: e.committed,
-        pages_per_epoch: e.pages.p50,
-        bytes_per_epoch: e.wire_bytes.p50,
-        qemu_pid: status.qemu_pid.and_then(|p| u32::try_from(p).ok()),
-        last_failover: status.last_failover.as_ref().map(|f| FailoverView {
-            suspected_at_ns: MonotonicNs(f.suspected_ns),
-            claim_started_ns: MonotonicNs(f.claim_started_ns),
-            claim_won_ns: MonotonicNs(f.claim_won_ns),
-            promote_started_ns: MonotonicNs(f.promote_started_ns),
-            running_ns: MonotonicNs(f.running_ns),
-            from_epoch: f.from_epoch,
-            audit: audit_view(f),
-        }),
-        events: status
-            .events
-            .into_iter()
-            .map(|e| EventView {
-                at_ns: MonotonicNs(e.at_ns),
-                text: e.what,
-            })
-            .collect(),
-    }
 }
 
 /// What every host of the lab says, for whoever looks closer than a drill.
