@@ -411,10 +411,11 @@ fn daemon_anonymous_bytes(config: &std::path::Path) -> u64 {
 fn failover(scene: &mut Scene) -> Result<Vec<Figure>> {
     scene.workers(200, 2000, 0)?;
     let load = scene.clients(Mode::Counter, 2)?;
+    let echo = scene.clients(Mode::Echo, 1)?;
     scene.protect()?;
     let mut rng = Rng::new(7);
     let (mut detection, mut claim, mut promotion, mut blackout) = (vec![], vec![], vec![], vec![]);
-    let mut service = Vec::new();
+    let (mut service, mut echoes) = (Vec::new(), Vec::new());
     for number in 1..=FAILOVERS {
         let before = scene.env.wait_mirrored(STEP_MAX)?;
         std::thread::sleep(rng.duration(CALM.0, CALM.1));
@@ -424,7 +425,11 @@ fn failover(scene: &mut Scene) -> Result<Vec<Figure>> {
             .last_failover
             .context("a promotion without its times")?;
         load.wait_answers(f.running_ns, STEP_MAX)?;
+        echo.wait_answers(f.running_ns, STEP_MAX)?;
         let gap = load
+            .blackout_us(at, MonotonicNs::now())
+            .context("no client was served")?;
+        let of_echo = echo
             .blackout_us(at, MonotonicNs::now())
             .context("no client was served")?;
         detection.push(micros(f.suspected_at_ns.since(at)));
@@ -432,20 +437,23 @@ fn failover(scene: &mut Scene) -> Result<Vec<Figure>> {
         promotion.push(micros(f.running_ns.since(f.promote_started_ns)));
         service.push(gap.saturating_sub(micros(f.running_ns.since(at))));
         blackout.push(gap);
+        echoes.push(of_echo);
         let promoted = after
             .events
             .iter()
             .rev()
             .find(|e| e.text.starts_with("promoted"));
         eprintln!(
-            "failover {number}: blackout {} ms; {}",
+            "failover {number}: blackout {} ms, of echo {} ms, running after {} ms; {}",
             gap / 1000,
+            of_echo / 1000,
+            micros(f.running_ns.since(at)) / 1000,
             promoted.map_or("", |e| e.text.as_str())
         );
         scene.env.repair(DrillKind::KillHost, &before.host)?;
     }
     scene.env.wait_mirrored(STEP_MAX)?;
-    drop(load);
+    drop((load, echo));
     scene.unprotect()?;
     scene.workers(0, 0, 0)?;
     let shown = |name: &str, values: Vec<u64>| {
@@ -464,6 +472,7 @@ fn failover(scene: &mut Scene) -> Result<Vec<Figure>> {
         (Target::AtMost(250.0), Target::Below(500.0)),
         [""; 3],
     ));
+    figures.push(shown("blackout of a client that needs no disk", echoes));
     figures.push(shown("power cut to suspicion", detection));
     figures.push(shown("suspicion to promotion", claim));
     figures.push(shown("running to the last client's answer", service));

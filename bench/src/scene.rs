@@ -3,7 +3,7 @@
 use crate::load::{Load, options};
 use anyhow::{Context, Result, bail};
 use pollux::api::client::{Client, block};
-use pollux::api::types::{CreateVm, Done, EpochFigures, Percentiles, Role, VmStatus};
+use pollux::api::types::{CreateVm, Done, EpochFigures, Percentiles, Role, Start, VmStatus};
 use pollux::drill::client::Mode;
 use pollux::drill::env::{self, DrillEnv, Quantiles, Setting, VmView};
 use pollux::drill::lab_env::{GUEST, Guest, LabEnv, VM_NAME};
@@ -168,7 +168,7 @@ impl Scene {
             origin: "bench".into(),
         };
         let _: Done = block(client.post("/v1/vms", &create))?;
-        let _: Done = block(client.post(&format!("/v1/vms/{VM_NAME}/start"), &()))?;
+        let _: Done = block(client.post(&format!("/v1/vms/{VM_NAME}/start"), &Start::default()))?;
         self.wait("the guest to answer", |s| s.ask("PING").is_ok())
     }
 

@@ -5,7 +5,10 @@
 //! is paid for: it costs the CPU time the guest *wanted* and did not get, and the guest
 //! earns credit at the overhead ceiling. A guest that idles between requests wants
 //! nothing while it stands still: its cuts are almost free and follow each other with no
-//! gap. A guest that is CPU-bound pays full price and is cut every pause/ceiling.
+//! gap. A guest that is CPU-bound pays full price and is cut every pause/ceiling. A guest
+//! that serves many clients is in between: it is left alone while it works its queue off,
+//! and cut the moment it has nothing left to do, for then the next requests only come
+//! once its answers are out.
 //!
 //! Must never starve the guest ([`RUN_MIN`]), nor let an epoch grow without end
 //! ([`Policy::interval_ceiling`]).
@@ -66,6 +69,10 @@ pub struct Schedule {
     pressure: bool,
     /// Wanted CPU of the guest, per mille.
     busy_permille: u16,
+    /// Core time a cut takes from the guest besides its pause.
+    crowding: Micros,
+    /// All vCPUs have been seen waiting since output waits.
+    idle: bool,
     /// Credit in ns of lost CPU; negative is debt.
     credit_ns: i64,
     credited_at: Micros,
@@ -87,6 +94,8 @@ impl Schedule {
             output_since: None,
             pressure: false,
             busy_permille: 1000,
+            crowding: Micros::ZERO,
+            idle: false,
             credit_ns: 0,
             credited_at: now,
         }
@@ -107,9 +116,22 @@ impl Schedule {
         self.pressure = true;
     }
 
-    /// CPU time of the busiest vCPU per mille of the time it was allowed to run.
-    pub fn guest_busy(&mut self, permille: u16) {
+    /// What the busiest vCPU wanted per mille of the time it was allowed to run, and how
+    /// long each cut's work made it wait for a core.
+    pub fn guest_busy(&mut self, permille: u16, crowding: Micros) {
         self.busy_permille = permille.min(1000);
+        self.crowding = crowding;
+    }
+
+    /// No vCPU has anything to do at this moment: if output waits, a cut costs nothing now.
+    pub const fn guest_idle(&mut self) {
+        self.idle = self.output_since.is_some();
+    }
+
+    /// Whether output waits for credit at `now`, so that [`Self::guest_idle`] would help.
+    #[must_use]
+    pub fn awaits_idle(&self, now: Micros) -> bool {
+        self.output_since.is_some() && now < self.next_cut() && self.resumed_at + RUN_MIN <= now
     }
 
     /// A cut has been asked for: what waits, waits for it, and later output for the next.
@@ -121,7 +143,13 @@ impl Schedule {
     /// The cut is done, the guest runs again since `now`.
     pub fn cut_done(&mut self, now: Micros, pause: Micros, pages: u64) {
         self.accrue(now);
-        let lost = earned_ns(pause, self.busy_permille);
+        let lost = match self.idle {
+            true => 0,
+            false => {
+                earned_ns(pause, self.busy_permille).saturating_add(earned_ns(self.crowding, 1000))
+            }
+        };
+        self.idle = false;
         let faults = i64::try_from(pages.saturating_mul(PAGE_FAULT_NS)).unwrap_or(i64::MAX);
         let floor = -earned_ns(DEBT_WINDOW, self.policy.overhead_permille);
         self.credit_ns = self
@@ -135,6 +163,7 @@ impl Schedule {
     /// The cut failed and the guest runs again since `now`; what waited still waits.
     pub fn cut_failed(&mut self, now: Micros) {
         self.output_since.get_or_insert(now);
+        self.idle = false;
         self.resumed_at = now;
     }
 
@@ -142,7 +171,7 @@ impl Schedule {
     #[must_use]
     pub fn next_cut(&self) -> Micros {
         let earliest = self.resumed_at + RUN_MIN;
-        if self.pressure {
+        if self.pressure || self.idle {
             return earliest;
         }
         let idle = self.resumed_at + self.policy.interval_max;
@@ -212,7 +241,7 @@ mod tests {
             if t >= committed_at && schedule.next_cut() <= Micros(t) {
                 schedule.cut_begun();
                 t += PAUSE.0;
-                schedule.guest_busy(busy);
+                schedule.guest_busy(busy, Micros::ZERO);
                 schedule.cut_done(Micros(t), PAUSE, pages);
                 committed_at = t + COMMIT.0;
                 out.cuts += 1;
@@ -295,9 +324,47 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_in_debt_is_cut_the_moment_it_has_nothing_to_do() {
+        let mut schedule = Schedule::new(Policy::default(), Micros::ZERO);
+        let resumed = Micros(10_000);
+        schedule.cut_done(resumed, Micros(20_000), 0);
+        let soon = resumed + RUN_MIN;
+        // Idle without output is no reason for a cut.
+        schedule.guest_idle();
+        assert!(!schedule.awaits_idle(soon) && schedule.next_cut() > soon);
+        schedule.output_waiting(resumed);
+        assert!(schedule.awaits_idle(soon) && schedule.next_cut() > soon);
+        schedule.guest_idle();
+        assert_eq!(schedule.next_cut(), soon);
+        // It was free, and it counts once.
+        schedule.cut_begun();
+        let debt = schedule.affordable_at();
+        schedule.cut_done(Micros(12_000), Micros(1000), 0);
+        assert_eq!(schedule.affordable_at(), debt);
+        schedule.output_waiting(Micros(12_000));
+        assert!(schedule.next_cut() > Micros(12_000) + RUN_MIN);
+    }
+
+    #[test]
+    fn a_guest_that_is_kept_from_its_core_pays_for_that_too() {
+        let next = |crowding| {
+            let mut schedule = Schedule::new(Policy::default(), Micros::ZERO);
+            schedule.guest_busy(1000, crowding);
+            schedule.cut_done(Micros(100), Micros(1000), 0);
+            schedule.output_waiting(Micros(100));
+            schedule.next_cut()
+        };
+        let (alone, crowded) = (next(Micros::ZERO), next(Micros(2000)));
+        assert!(
+            crowded >= alone + Micros(2000 * 4 - 100),
+            "{alone:?} {crowded:?}"
+        );
+    }
+
+    #[test]
     fn output_of_a_failed_cut_still_waits() {
         let mut schedule = Schedule::new(Policy::default(), Micros::ZERO);
-        schedule.guest_busy(0);
+        schedule.guest_busy(0, Micros::ZERO);
         schedule.output_waiting(Micros(1000));
         schedule.cut_begun();
         schedule.cut_failed(Micros(3000));

@@ -431,7 +431,13 @@ impl World {
         let state = guest.state;
         self.checkpoints.insert((generation, epoch), state);
         let busy = u16::try_from(self.rng.between(0, 1000)).unwrap_or(0);
-        self.tell_primary(host, PrimaryInput::GuestBusy { permille: busy });
+        self.tell_primary(
+            host,
+            PrimaryInput::GuestBusy {
+                permille: busy,
+                crowding: Micros::ZERO,
+            },
+        );
         let pages = self.rng.between(1, 500);
         self.tell_primary(
             host,

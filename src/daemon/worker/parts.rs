@@ -202,6 +202,12 @@ impl Parts {
             },
             CutOptions {
                 qemu_pid: self.qemu.pid(),
+                // QEMU's working folder is the one of its files.
+                state_name: self
+                    .paths
+                    .state_file
+                    .file_name()
+                    .map_or_else(|| self.paths.state_file.clone(), Into::into),
                 state_file: self.paths.state_file.clone(),
                 repair_clock: true,
             },

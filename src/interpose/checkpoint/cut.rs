@@ -332,7 +332,7 @@ impl Checkpointer {
 
     /// Types ahead what is not yet typed.
     fn arm(&mut self) -> Result<(), CutError> {
-        let path = self.options.state_file.to_string_lossy().into_owned();
+        let path = self.options.state_name.to_string_lossy().into_owned();
         let save = json!({ "filename": path, "live": false });
         let monitors = &mut self.monitors;
         let armed = [

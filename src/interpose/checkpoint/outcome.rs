@@ -48,6 +48,9 @@ pub struct CutOptions {
     pub qemu_pid: u32,
     /// Where QEMU writes the device state: on tmpfs, in a folder QEMU's uid may write to.
     pub state_file: PathBuf,
+    /// The same file as QEMU is told, perhaps from its working folder: QEMU 7.2 reads its
+    /// monitor one byte a poll, 3 to 4 µs each, so every letter costs CPU time in each epoch.
+    pub state_name: PathBuf,
     /// Whether to give the guest back the time of the pauses.
     pub repair_clock: bool,
 }

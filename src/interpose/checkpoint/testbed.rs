@@ -135,6 +135,7 @@ impl TestVm {
         let options = CutOptions {
             qemu_pid: self.child.id(),
             state_file: self.path("state"),
+            state_name: self.path("state"),
             repair_clock,
         };
         Checkpointer::new(monitors, options).expect("checkpointer")

@@ -234,7 +234,10 @@ impl Primary {
             PrimaryInput::SeedingFailed { .. } => {}
             PrimaryInput::OutputWaiting => self.schedule.output_waiting(self.now),
             PrimaryInput::Pressure(_) => self.schedule.pressure(),
-            PrimaryInput::GuestBusy { permille } => self.schedule.guest_busy(permille),
+            PrimaryInput::GuestBusy { permille, crowding } => {
+                self.schedule.guest_busy(permille, crowding);
+            }
+            PrimaryInput::GuestIdle => self.schedule.guest_idle(),
             PrimaryInput::CutDone {
                 epoch,
                 pause,
@@ -473,6 +476,13 @@ impl Primary {
             at = at.min(self.schedule.next_cut());
         }
         at
+    }
+
+    /// Whether [`PrimaryInput::GuestIdle`] would bring the next cut forward: worth a look at
+    /// the vCPUs now and then.
+    #[must_use]
+    pub fn awaits_idle(&self, now: Micros) -> bool {
+        self.state == PrimaryState::Mirrored && self.may_cut() && self.schedule.awaits_idle(now)
     }
 
     /// The only place that changes the state.

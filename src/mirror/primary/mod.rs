@@ -108,12 +108,15 @@ pub enum PrimaryInput {
     OutputWaiting,
     /// A buffer nears its limit.
     Pressure(PressureKind),
-    /// CPU time of the busiest vCPU per mille of the time it was allowed to run,
-    /// measured since the last such input; fed at or just before each `CutDone`.
+    /// What the busiest vCPU wanted of a core, fed at or just before each `CutDone`.
     GuestBusy {
-        /// 0 to 1000.
+        /// Time it ran or waited for a core, per mille of the time it was allowed to: 0 to 1000.
         permille: u16,
+        /// How long a cut's work kept it from a core, besides the pause.
+        crowding: Micros,
     },
+    /// No vCPU has anything to do at this moment; asked for by [`Primary::awaits_idle`].
+    GuestIdle,
     /// The cut is taken and the guest runs on (or stands, if `stay_stopped`).
     CutDone {
         /// As in [`PrimaryAction::Cut`].
