@@ -4,12 +4,21 @@ use super::Host;
 use crate::api::types::Role;
 use crate::daemon::control::ControlMsg;
 use crate::daemon::worker::{self, Begin, WorkerConfig};
+use crate::daemon::worker::{Shared, WorkerEvent};
 use crate::mirror::ClaimOutcome;
 use crate::pool::spec::VmSpec;
 use crate::pool::{Generation, HostName, VmId};
 use crate::registry::Versioned;
 use crate::vm::argv::Accel;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a new standby waits for what is left of the VM here: a deposed primary writes
+/// out its disks, an older standby gives back its memory. Well within the primary's
+/// [`crate::mirror::PREPARE_PATIENCE`], and far cheaper than its asking again.
+const PUT_AWAY_PATIENCE: Duration = Duration::from_secs(10);
+/// Between two looks whether it is gone.
+const PUT_AWAY_LOOK_EVERY: Duration = Duration::from_millis(10);
 
 impl Host {
     /// A partner speaks of a VM that has no worker here.
@@ -101,13 +110,15 @@ impl Host {
         self.check_record(from, vm, generation)?;
         let spec = Arc::new(spec);
         let shared = self.know(Arc::clone(&spec));
-        if shared.snapshot().role != Role::Stopped {
-            return Err(format!(
-                "VM `{}` is still here on {me}; it is being put away",
-                spec.name
-            ));
+        self.make_room(from, vm, generation, &shared)?;
+        // Time has passed, and the attempt may be over.
+        let ready = self
+            .check_record(from, vm, generation)
+            .and_then(|()| self.store.put_spec(&spec).map_err(|e| e.to_string()));
+        if let Err(reason) = ready {
+            shared.ended();
+            return Err(reason);
         }
-        self.store.put_spec(&spec).map_err(|e| e.to_string())?;
         let config = WorkerConfig {
             spec,
             machine,
@@ -118,8 +129,53 @@ impl Host {
             primary: from.clone(),
             generation,
         };
-        worker::start(Arc::clone(&self.env), config, begin, shared, |_| {})
-            .map_err(|e| e.to_string())
+        worker::start(
+            Arc::clone(&self.env),
+            config,
+            begin,
+            Arc::clone(&shared),
+            |_| {},
+        )
+        .map_err(|e| {
+            shared.ended();
+            e.to_string()
+        })
+    }
+
+    /// Wait until nothing of the VM is left here, and take its place. The registry has said
+    /// that any standby of an older attempt is of no use; it may not have heard.
+    fn make_room(
+        &self,
+        from: &HostName,
+        vm: VmId,
+        generation: Generation,
+        shared: &Shared,
+    ) -> Result<(), String> {
+        let end = Instant::now() + PUT_AWAY_PATIENCE;
+        while !shared.begin_standby(generation) {
+            let there = shared.snapshot();
+            if Instant::now() >= end {
+                return Err(format!(
+                    "VM `{}` is still {} here on {} after {} s of being put away",
+                    there.name,
+                    there.state,
+                    self.env.config.name,
+                    PUT_AWAY_PATIENCE.as_secs()
+                ));
+            }
+            if there.role == Role::Standby {
+                let _ = self.env.routes.send(
+                    vm,
+                    WorkerEvent::Control {
+                        from: from.clone(),
+                        generation,
+                        message: ControlMsg::Dismiss,
+                    },
+                );
+            }
+            std::thread::sleep(PUT_AWAY_LOOK_EVERY);
+        }
+        Ok(())
     }
 
     /// Only the owner may have a standby, and only of its own attempt: the copy that is

@@ -304,6 +304,7 @@ impl PrimarySide {
             WorkerEvent::LinkUp(partner) => {
                 if self.wanted.as_ref() == Some(&partner) {
                     self.retry_at = now();
+                    self.retry_wait = RETRY_MIN;
                 }
                 if self.concerns(&partner) {
                     self.input(PrimaryInput::LinkUp);
@@ -444,6 +445,14 @@ impl PrimarySide {
             .as_ref()
             .is_some_and(|a| a.peer.name == *from && a.generation == generation);
         if !current {
+            // It may have missed its dismissal, and would hold its memory for ever.
+            let waits = matches!(message, ControlMsg::Ready | ControlMsg::StandbyHere);
+            if waits
+                && generation < self.machine.status(now()).generation
+                && let Some(peer) = self.env.peer(from)
+            {
+                peer.say(self.config.spec.uuid, generation, &ControlMsg::Dismiss);
+            }
             return;
         }
         match message {

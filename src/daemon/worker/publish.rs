@@ -4,6 +4,7 @@
 use crate::api::types::{Failover, Role, SeedingStatus, VmStatus};
 use crate::daemon::clock::now_ns;
 use crate::daemon::figures::{EpochSample, EventLog, Figures};
+use crate::pool::Generation;
 use crate::pool::spec::VmSpec;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -96,6 +97,21 @@ impl Shared {
     /// This side took over.
     pub fn failover(&self, failover: Failover) {
         self.update(|s| s.last_failover = Some(failover));
+    }
+
+    /// Take the VM's place on this host for a standby of `generation`; false if something
+    /// of it is here already. From here on nobody else gets it until [`Shared::ended`].
+    #[must_use]
+    pub fn begin_standby(&self, generation: Generation) -> bool {
+        let mut inner = self.lock();
+        if inner.status.role != Role::Stopped {
+            return false;
+        }
+        inner.status.role = Role::Standby;
+        inner.status.state = "preparing".into();
+        inner.status.generation = generation.0;
+        inner.at_ns = now_ns();
+        true
     }
 
     /// The worker is gone.

@@ -372,6 +372,8 @@ impl<'a> StandbySide<'a> {
                 self.failover.last_heard_ns = self.failover.suspected_ns;
                 self.input(StandbyInput::PrimaryGone { reason });
             }
+            // One of an earlier attempt may come late.
+            ControlMsg::Dismiss if generation < self.generation => {}
             ControlMsg::Dismiss => self.input(StandbyInput::Dismissed),
             other => tracing::warn!(?other, "not a message for a standby; dropped"),
         }
