@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn the_state_is_found_behind_any_name() {
         assert_eq!(state_of(b"12 (CPU 0/TCG) S 1 2"), Some(b'S'));
-        assert_eq!(state_of(b"12 (a) R (b) R 1 2"), Some(b'R'));
+        assert_eq!(state_of(b"12 (a) S (b) R 1 2"), Some(b'R'));
         assert_eq!(state_of(b"12 (a)"), None);
         assert_eq!(state_of(b""), None);
     }
