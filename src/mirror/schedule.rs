@@ -35,6 +35,9 @@ pub const DEBT_WINDOW: Micros = Micros::from_millis(200);
 /// What an operator may set, live.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
+    /// Shortest time the guest runs between cuts, unless a buffer nears its limit. Zero: what
+    /// a cut costs already spaces cuts by the ceiling below.
+    pub gap_min: Micros,
     /// Longest time between cuts while nothing waits and the ceiling allows. 50 ms:
     /// twenty cuts a second cost an idle guest 4 % at 2 ms, and the lag stays near 55 ms.
     pub interval_max: Micros,
@@ -50,6 +53,7 @@ pub struct Policy {
 impl Default for Policy {
     fn default() -> Self {
         Self {
+            gap_min: Micros::ZERO,
             interval_max: Micros::from_millis(50),
             interval_ceiling: Micros::from_millis(250),
             overhead_permille: 250,
@@ -170,8 +174,11 @@ impl Schedule {
     /// When the next cut may and should begin, as far as is known now. May be past.
     #[must_use]
     pub fn next_cut(&self) -> Micros {
-        let earliest = self.resumed_at + RUN_MIN;
-        if self.pressure || self.idle {
+        if self.pressure {
+            return self.resumed_at + RUN_MIN;
+        }
+        let earliest = self.resumed_at + RUN_MIN.max(self.policy.gap_min);
+        if self.idle {
             return earliest;
         }
         let idle = self.resumed_at + self.policy.interval_max;
@@ -206,6 +213,19 @@ const _: () = assert!(RUN_MIN.0 < CREDIT_WINDOW.0 && CREDIT_WINDOW.0 < DEBT_WIND
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_gap_holds_output_and_idle_cuts_back_but_not_pressure() {
+        let policy = Policy {
+            gap_min: Micros::from_millis(8),
+            ..Policy::default()
+        };
+        let mut schedule = Schedule::new(policy, Micros::ZERO);
+        schedule.output_waiting(Micros::from_millis(1));
+        assert_eq!(schedule.next_cut(), Micros::from_millis(8));
+        schedule.pressure();
+        assert_eq!(schedule.next_cut(), RUN_MIN);
+    }
 
     /// Pause of a small guest (QEMU.md section 1: 2.6 ms with the fattest devices) and commit.
     const PAUSE: Micros = Micros(2000);

@@ -145,6 +145,8 @@ impl Parts {
                     NetMode::Direct
                 },
                 generation,
+                held_packets_max: usize::try_from(spec.mirror.held_packets_max)
+                    .unwrap_or(usize::MAX),
                 hooks: net_hooks(inbox, &ingress),
             })
             .map_err(|e| format!("NIC `{}`: {e}", nic.name))?;

@@ -74,6 +74,8 @@ pub struct NetPortConfig {
     pub mode: NetMode,
     /// Generation in force.
     pub generation: Generation,
+    /// Most frames the gate holds, up to [`super::GATE_PACKETS_MAX`].
+    pub held_packets_max: usize,
     /// Calls out.
     pub hooks: NetHooks,
 }

@@ -19,7 +19,7 @@
 
 use super::announce::{MacAddr, rarp_frame};
 use super::config::{NetError, NetHooks, NetMode, NetPortConfig, NetStats, TapSource};
-use super::gate::{FRAME_BYTES_MAX, Gate};
+use super::gate::{FRAME_BYTES_MAX, GATE_BYTES_MAX, GATE_PACKETS_MAX, Gate};
 use super::pump;
 use super::socket::bind;
 use super::tap::Tap;
@@ -210,7 +210,10 @@ impl NetPort {
             state: Mutex::new(State {
                 mode: config.mode,
                 generation: config.generation,
-                gate: Gate::default(),
+                gate: Gate::with_limits(
+                    config.held_packets_max.min(GATE_PACKETS_MAX),
+                    GATE_BYTES_MAX,
+                ),
                 inject: VecDeque::new(),
                 announcing: None,
                 stop: false,

@@ -370,21 +370,22 @@ impl Protection {
 /// How a VM is mirrored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MirrorPolicy {
-    /// Host of the standby; needed when the VM is mirrored from its start.
+    /// Host of the standby; by default the host's only partner.
     pub partner: Option<HostName>,
     /// Least time from one checkpoint's resume to the next checkpoint.
     pub epoch_gap_min_ms: u32,
     /// Most time without a checkpoint.
     pub epoch_interval_max_ms: u32,
-    /// Most of the guest's time that pauses and tracking may take.
+    /// Most of the CPU time the guest wants that checkpoints may take.
     pub overhead_max_percent: u8,
     /// Compress pages on the wire.
     pub compress: bool,
-    /// Compare all of RAM with the standby's at checkpoints (for drills; slow).
+    /// Keep sums over all memory and disks and compare them at a promotion (for drills).
     pub audit: bool,
-    /// Most packets the egress gate holds before it slows the guest.
+    /// Most packets the egress gate of a NIC holds; beyond it they are dropped, as a full
+    /// queue of any router does, and a checkpoint is asked for well before.
     pub held_packets_max: u32,
-    /// Most bytes the write overlay of all disks holds before it slows the guest.
+    /// Most bytes the write overlay of a disk holds before it slows the guest.
     pub overlay_max: SizeBytes,
 }
 
@@ -392,13 +393,14 @@ impl Default for MirrorPolicy {
     fn default() -> Self {
         Self {
             partner: None,
-            // A pause is about 2 ms: a gap of the same length leaves the guest half of its
-            // time in the worst second; the overhead ceiling stretches it from there.
-            epoch_gap_min_ms: 2,
+            // The overhead ceiling spaces the checkpoints by what they cost; a fixed gap on
+            // top of it would only add latency where there is none to save.
+            epoch_gap_min_ms: 0,
             // Bounds what a promotion loses of an otherwise silent guest's computing.
             epoch_interval_max_ms: 100,
-            // A guest keeps 70 % of its unprotected throughput.
-            overhead_max_percent: 30,
+            // A guest keeps at least 70 % of its unprotected throughput, with some to spare for
+            // what the pauses do not show.
+            overhead_max_percent: 25,
             compress: true,
             audit: false,
             // 16,384 full Ethernet frames are 24 MB: one second at 200 Mbit/s.

@@ -154,6 +154,7 @@ pub(super) fn test_port(mode: NetMode) -> TestPort {
         mac: MacAddr([0x52, 0x54, 0, 0, 0, 9]),
         mode,
         generation: Generation(5),
+        held_packets_max: crate::interpose::net::GATE_PACKETS_MAX,
         hooks,
     })
     .expect("a port");
