@@ -401,7 +401,7 @@ impl Default for MirrorPolicy {
             // A guest keeps at least 70 % of its unprotected throughput, with some to spare for
             // what the pauses do not show.
             overhead_max_percent: 25,
-            compress: true,
+            compress: false,
             audit: false,
             // 16,384 full Ethernet frames are 24 MB: one second at 200 Mbit/s.
             held_packets_max: 16_384,

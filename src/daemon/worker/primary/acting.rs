@@ -67,6 +67,10 @@ impl PrimarySide {
             PrimaryAction::HoldStill { reason } => {
                 self.shared
                     .event(format!("the guest stands still: {reason}"));
+                // QEMU's `stop` waits for the guest's writes: none may be held back now.
+                for disk in &self.parts.disks {
+                    disk.checkpoint_begins();
+                }
                 if let Err(e) = self.checkpointer.stop() {
                     tracing::error!("the guest cannot be held still: {e}");
                 }
@@ -75,6 +79,9 @@ impl PrimarySide {
                 self.shared.event("the guest goes on".into());
                 if let Err(e) = self.checkpointer.cont() {
                     tracing::error!("the guest cannot go on: {e}");
+                }
+                for disk in &self.parts.disks {
+                    disk.checkpoint_ends();
                 }
             }
             PrimaryAction::GoSolo { generation } => self.go_solo(generation),
