@@ -90,6 +90,8 @@ impl Lab {
         if let Some((step, message)) = problem {
             let _ = launcher.kill();
             let _ = launcher.wait();
+            // The keeper goes with its launcher, a moment later; the name is free then.
+            dir::wait_released(&plan.dir, DOWN_TIMEOUT);
             return Err(LabError::Keeper {
                 lab: plan.name.clone(),
                 step,
