@@ -1,9 +1,9 @@
 //! Keeps a standby's copies of the disks on stable storage, a little behind the epochs.
 //!
 //! A promoted guest's first flush is an fdatasync of the whole image, and a client waits
-//! for it. What was seeded and applied and never synced would be part of that wait: 200 to
-//! 400 ms of the blackout, measured, against 10 to 20 ms. Must never delay an epoch: it
-//! syncs beside them, and at its own pace.
+//! for it. What was seeded and applied and never synced would be part of that wait; traces
+//! of failovers suggest 200 to 400 ms of blackout against 10 to 20 ms, not measured apart.
+//! Must never delay an epoch: it syncs beside them, and at its own pace.
 
 use crate::interpose::disk::Disk;
 use std::sync::Arc;
