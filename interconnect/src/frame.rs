@@ -49,6 +49,11 @@ pub const INGRESS_BYTES_MAX: usize = 256 << 10;
 /// Largest epoch end: fixed fields and one sum for each disk.
 pub const EPOCH_END_BYTES_MAX: usize = 4 << 10;
 
+/// Largest I/O payload: a disk request of 1 MiB with its head, what a guest's NBD client
+/// sends at most in one piece here.
+pub const IO_BYTES_MAX: usize = (1 << 20) + 4096;
+
+const _: () = assert!(IO_BYTES_MAX <= PAYLOAD_BYTES_MAX);
 const _: () = assert!(CONTROL_BYTES_MAX <= PAYLOAD_BYTES_MAX);
 const _: () = assert!(INGRESS_BYTES_MAX <= PAYLOAD_BYTES_MAX);
 const _: () = assert!(EPOCH_END_BYTES_MAX <= PAYLOAD_BYTES_MAX);
@@ -80,6 +85,15 @@ pub enum FrameKind {
     /// A piece of the stream of RAM blocks outside the shared RAM file; opaque,
     /// in order, the product says when it is whole.
     SeedBlocks = 10,
+    /// I/O lane: a disk or network request for the partner's path; opaque, defined by
+    /// the product. Since protocol version 2.
+    IoRequest = 11,
+    /// I/O lane: its answer. Since protocol version 2.
+    IoReply = 12,
+    /// Epoch lane: a piece of a link test (see `probe`). Since protocol version 2.
+    Probe = 13,
+    /// Control lane: a link test's question or answer. Since protocol version 2.
+    ProbeAck = 14,
 }
 
 impl FrameKind {
@@ -97,6 +111,10 @@ impl FrameKind {
             8 => Self::SeedPages,
             9 => Self::SeedDisk,
             10 => Self::SeedBlocks,
+            11 => Self::IoRequest,
+            12 => Self::IoReply,
+            13 => Self::Probe,
+            14 => Self::ProbeAck,
             _ => return None,
         })
     }
@@ -108,8 +126,10 @@ impl FrameKind {
             Self::Invalid | Self::EpochAck => 0,
             Self::Control => CONTROL_BYTES_MAX,
             Self::Ingress => INGRESS_BYTES_MAX,
-            Self::EpochEnd => EPOCH_END_BYTES_MAX,
-            Self::Pages
+            Self::EpochEnd | Self::ProbeAck => EPOCH_END_BYTES_MAX,
+            Self::IoRequest | Self::IoReply => IO_BYTES_MAX,
+            Self::Probe
+            | Self::Pages
             | Self::DiskWrites
             | Self::DeviceState
             | Self::SeedPages
@@ -121,7 +141,22 @@ impl FrameKind {
     /// Whether this kind belongs on the control lane.
     #[must_use]
     pub const fn is_control(self) -> bool {
-        matches!(self, Self::Control | Self::EpochAck)
+        matches!(self, Self::Control | Self::EpochAck | Self::ProbeAck)
+    }
+
+    /// Whether this kind belongs on an I/O lane.
+    #[must_use]
+    pub const fn is_io(self) -> bool {
+        matches!(self, Self::IoRequest | Self::IoReply)
+    }
+
+    /// The protocol version that brought this kind; an older peer must not be sent it.
+    #[must_use]
+    pub const fn since_version(self) -> u16 {
+        match self {
+            Self::IoRequest | Self::IoReply | Self::Probe | Self::ProbeAck => 2,
+            _ => 1,
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use interconnect::detector;
 use interconnect::frame::{Frame, FrameKind};
 use interconnect::heartbeat::{Heartbeat, HeartbeatConfig, HeartbeatLink};
 use interconnect::identity::Identity;
-use interconnect::link::{Interconnect, LinkAddr, LinkEvent, LinkSettings, PairConfig};
+use interconnect::link::{Interconnect, LinkAddr, LinkEvent, LinkSettings, LinkState, PairConfig};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -160,6 +160,7 @@ impl Partner {
     pub fn status(&self) -> PartnerStatus {
         let stats = self.interconnect.stats();
         let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+        let link = stats.links.iter().find(|l| l.state != LinkState::Down);
         let refused = self
             .refused
             .lock()
@@ -170,10 +171,12 @@ impl Partner {
             connected: stats.session.is_some(),
             verdict: format!("{:?}", self.heartbeat.verdict()).to_lowercase(),
             heard_us_ago: self.heartbeat.last_heard().map(micros),
-            rtt_us: stats.session.map(|_| micros(stats.rtt)),
+            rtt_us: link.map(|l| micros(l.rtt)),
             last_error: refused.or(stats.last_error),
             realtime: self.heartbeat.status().priority_warning.is_none(),
-            link: stats.path.map(|(local, peer)| format!("{local} - {peer}")),
+            link: link
+                .and_then(|l| l.path)
+                .map(|(local, peer)| format!("{local} - {peer}")),
         }
     }
 }

@@ -304,7 +304,11 @@ impl EpochAssembler {
             | FrameKind::EpochAck
             | FrameKind::SeedPages
             | FrameKind::SeedDisk
-            | FrameKind::SeedBlocks => return Err(EpochError::Kind(kind)),
+            | FrameKind::SeedBlocks
+            | FrameKind::IoRequest
+            | FrameKind::IoReply
+            | FrameKind::Probe
+            | FrameKind::ProbeAck => return Err(EpochError::Kind(kind)),
         }
         if epoch != expected.next {
             return Err(EpochError::Order {

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 fn arb_frame() -> impl Strategy<Value = Frame> {
     (
-        1u8..=10,
+        1u8..=14,
         any::<[u8; 16]>(),
         any::<u64>(),
         any::<u64>(),

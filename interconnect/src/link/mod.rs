@@ -16,10 +16,12 @@ mod keeper;
 mod queue;
 mod session;
 mod socket;
+mod stats;
 mod transport;
 
 pub use config::{LinkAddr, LinkSettings, OnAck, PairConfig, StartError};
 pub use session::EpochLane;
+pub use stats::{LaneKind, LanePressure, LaneStats, LinkState, LinkStats, PairStats};
 
 use keeper::Shared;
 use queue::PushError;
@@ -30,7 +32,6 @@ use crate::frame::{Frame, FrameError};
 use crate::heartbeat::HeartbeatKey;
 use crate::ids::{Generation, VmId};
 use std::net::SocketAddr;
-use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// Number of a session (an established QUIC connection); counts up from 1.
@@ -124,35 +125,6 @@ pub enum SendError {
     /// A kind that does not belong on this lane.
     #[error("{0:?} frames do not go on this lane")]
     Kind(crate::frame::FrameKind),
-}
-
-/// What the interconnect has done so far, and its path now.
-#[derive(Clone, Debug, Default)]
-pub struct LinkStats {
-    /// The session that stands, if one does.
-    pub session: Option<SessionId>,
-    /// Index of the link it runs on.
-    pub link: usize,
-    /// Local and partner's address.
-    pub path: Option<(SocketAddr, SocketAddr)>,
-    /// Smoothed round-trip time.
-    pub rtt: Duration,
-    /// UDP payload bytes sent in this session.
-    pub sent_bytes: u64,
-    /// UDP payload bytes received in this session.
-    pub received_bytes: u64,
-    /// Packets sent in this session.
-    pub sent_packets: u64,
-    /// Packets declared lost in this session.
-    pub lost_packets: u64,
-    /// How often losses looked like a path that swallows large packets.
-    pub black_holes: u64,
-    /// Largest UDP payload in use, in bytes.
-    pub mtu_bytes: u16,
-    /// What may be on its way, in bytes.
-    pub window_bytes: u64,
-    /// Why the last session ended or the last attempt failed.
-    pub last_error: Option<String>,
 }
 
 /// Events that may wait for the product. Control frames behind them hold the
@@ -305,22 +277,29 @@ impl Interconnect {
         self.inner.shared.current().map(|lanes| lanes.id())
     }
 
-    /// Figures of the path.
+    /// Figures of links and lanes.
     #[must_use]
-    pub fn stats(&self) -> LinkStats {
+    pub fn stats(&self) -> PairStats {
         let shared = &self.inner.shared;
-        let mut stats = shared
-            .current()
-            .map(|lanes| lanes.stats())
-            .unwrap_or_default();
-        stats.last_error = shared.last_error();
-        if let (Some((local, _)), Some(bound)) =
-            (&mut stats.path, self.inner.local_addrs.get(stats.link))
+        let mut stats = PairStats {
+            links: vec![LinkStats::default(); shared.config.links.len()],
+            last_error: shared.last_error(),
+            ..PairStats::default()
+        };
+        let Some(lanes) = shared.current() else {
+            return stats;
+        };
+        stats.session = Some(lanes.id());
+        let (index, mut link) = lanes.stats();
+        if let (Some((local, _)), Some(bound)) = (&mut link.path, self.inner.local_addrs.get(index))
         {
             local.set_port(bound.port());
             if !bound.ip().is_unspecified() {
                 local.set_ip(bound.ip());
             }
+        }
+        if let Some(slot) = stats.links.get_mut(index) {
+            *slot = link;
         }
         stats
     }

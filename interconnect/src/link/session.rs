@@ -52,7 +52,8 @@ pub(super) trait Lanes: Send + Sync {
     fn id(&self) -> SessionId;
     fn control(&self, frame: Frame) -> Result<(), PushError>;
     fn open_epoch_lane(&self, vm: VmId, generation: Generation, queue_bytes: usize) -> EpochLane;
-    fn stats(&self) -> LinkStats;
+    /// The link it runs on, and its figures.
+    fn stats(&self) -> (usize, LinkStats);
     fn close(&self, code: u32, reason: &str);
 }
 
@@ -289,13 +290,12 @@ impl Lanes for Session {
         }
     }
 
-    fn stats(&self) -> LinkStats {
+    fn stats(&self) -> (usize, LinkStats) {
         let stats = self.connection.stats();
         let local = self.connection.local_ip();
         let remote = self.connection.remote_address();
-        LinkStats {
-            session: Some(self.id),
-            link: self.link,
+        let link = LinkStats {
+            state: super::LinkState::Up,
             path: Some((local.map_or(remote, |ip| (ip, 0).into()), remote)),
             rtt: stats.path.rtt,
             sent_bytes: stats.udp_tx.bytes,
@@ -305,8 +305,9 @@ impl Lanes for Session {
             black_holes: stats.path.black_holes_detected,
             mtu_bytes: stats.path.current_mtu,
             window_bytes: stats.path.cwnd.min(WINDOW_BYTES_MAX),
-            last_error: None,
-        }
+            ..LinkStats::default()
+        };
+        (self.link, link)
     }
 
     fn close(&self, code: u32, reason: &str) {
@@ -472,6 +473,15 @@ impl EpochLane {
     #[must_use]
     pub fn queued_bytes(&self) -> usize {
         self.queue.bytes()
+    }
+
+    /// How much waits on this lane and how fast it leaves.
+    #[must_use]
+    pub fn pressure(&self) -> super::LanePressure {
+        super::LanePressure {
+            queued_bytes: self.queue.bytes() as u64,
+            ..super::LanePressure::default()
+        }
     }
 
     /// The session it belongs to.
