@@ -312,4 +312,6 @@ impl Interconnect {
 }
 
 #[cfg(test)]
+mod recorded;
+#[cfg(test)]
 mod tests;

@@ -13,7 +13,7 @@ use tokio::runtime::Runtime;
 const PATIENCE: Duration = Duration::from_secs(30);
 const VM: VmId = VmId([5; 16]);
 
-fn runtime() -> Runtime {
+pub(super) fn free_runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -29,10 +29,10 @@ fn free_addr() -> SocketAddr {
         .unwrap()
 }
 
-struct Side {
-    identity: Arc<Identity>,
-    name: &'static str,
-    links: Vec<SocketAddr>,
+pub(super) struct Side {
+    pub(super) identity: Arc<Identity>,
+    pub(super) name: &'static str,
+    pub(super) links: Vec<SocketAddr>,
 }
 
 impl Side {
@@ -44,7 +44,7 @@ impl Side {
         }
     }
 
-    fn config(&self, peer: &Side) -> PairConfig {
+    pub(super) fn config(&self, peer: &Side) -> PairConfig {
         PairConfig {
             identity: Arc::clone(&self.identity),
             me: self.name.to_owned(),
@@ -66,7 +66,7 @@ impl Side {
 }
 
 /// Two sides; the first dials.
-fn sides(links: usize) -> (Side, Side) {
+pub(super) fn sides(links: usize) -> (Side, Side) {
     let (a, b) = (Side::new("castor", links), Side::new("pollux", links));
     if a.identity.fingerprint() < b.identity.fingerprint() {
         (a, b)
@@ -142,7 +142,7 @@ fn frame(kind: FrameKind, epoch: u64, payload: Vec<u8>) -> Frame {
 
 #[test]
 fn frames_cross_in_both_directions_and_in_order() {
-    let runtime = runtime();
+    let runtime = free_runtime();
     let (a, b) = sides(1);
     let (mut one, mut two) = (start(a.config(&b), &runtime), start(b.config(&a), &runtime));
     assert_eq!(one.up().1.host, b.name);
@@ -193,7 +193,7 @@ fn frames_cross_in_both_directions_and_in_order() {
 
 #[test]
 fn acknowledgements_can_go_straight_to_their_taker() {
-    let runtime = runtime();
+    let runtime = free_runtime();
     let (a, b) = sides(1);
     let (tx, rx) = std::sync::mpsc::channel();
     let config = PairConfig {
@@ -214,7 +214,7 @@ fn a_wrong_identity_is_refused_naming_both_fingerprints() {
     for (dialler_is_wrong, roles_stay) in
         [(true, true), (false, true), (true, false), (false, false)]
     {
-        let runtime = runtime();
+        let runtime = free_runtime();
         let (a, b) = sides(1);
         let other: Fingerprint = loop {
             let other = Identity::generate().unwrap().fingerprint();
@@ -253,7 +253,7 @@ fn a_wrong_identity_is_refused_naming_both_fingerprints() {
 
 #[test]
 fn a_peer_with_another_name_is_refused() {
-    let runtime = runtime();
+    let runtime = free_runtime();
     let (a, b) = sides(1);
     let config = PairConfig {
         me: "stranger".to_owned(),
@@ -274,10 +274,10 @@ fn a_restarted_peer_is_connected_again() {
     for dialler_restarts in [true, false] {
         let (a, b) = sides(1);
         let (stays, restarts) = if dialler_restarts { (&b, &a) } else { (&a, &b) };
-        let runtime_stays = runtime();
+        let runtime_stays = free_runtime();
         let mut one = start(stays.config(restarts), &runtime_stays);
         {
-            let runtime = runtime();
+            let runtime = free_runtime();
             let mut two = start(restarts.config(stays), &runtime);
             two.up();
             one.up();
@@ -290,7 +290,7 @@ fn a_restarted_peer_is_connected_again() {
             {}
             assert!(!lane.is_open());
         }
-        let runtime = runtime();
+        let runtime = free_runtime();
         let mut two = start(restarts.config(stays), &runtime);
         two.up();
         assert_eq!(one.up().0, SessionId(2));
@@ -303,7 +303,7 @@ fn a_restarted_peer_is_connected_again() {
 
 #[test]
 fn a_dead_first_link_is_passed_over() {
-    let runtime = runtime();
+    let runtime = free_runtime();
     let (mut a, b) = sides(2);
     let config_b = b.config(&a);
     // The dialler's first link leads to a socket that never answers.
@@ -330,7 +330,7 @@ fn a_dead_first_link_is_passed_over() {
 fn bulk_goes_in_the_largest_packets_and_none_vanish() {
     // Loopback takes any size, so packets are as large as the settings allow. A burst
     // too large for the kernel would vanish, and packets become small after a few.
-    let runtime = runtime();
+    let runtime = free_runtime();
     let (a, b) = sides(1);
     let (mut one, mut two) = (start(a.config(&b), &runtime), start(b.config(&a), &runtime));
     one.up();
@@ -355,7 +355,7 @@ fn bulk_goes_in_the_largest_packets_and_none_vanish() {
 
 #[test]
 fn a_standby_that_does_not_read_stops_the_sender_at_its_bounds() {
-    let runtime = runtime();
+    let runtime = free_runtime();
     let (a, b) = sides(1);
     let mut config = a.config(&b);
     config.settings.lane_queue_bytes = 1 << 20;
@@ -407,7 +407,7 @@ fn a_standby_that_does_not_read_stops_the_sender_at_its_bounds() {
 
 #[test]
 fn frames_on_the_wrong_lane_or_too_big_are_refused_at_the_sender() {
-    let runtime = runtime();
+    let runtime = free_runtime();
     let (a, b) = sides(1);
     let (mut one, mut two) = (start(a.config(&b), &runtime), start(b.config(&a), &runtime));
     one.up();
@@ -435,7 +435,7 @@ fn frames_on_the_wrong_lane_or_too_big_are_refused_at_the_sender() {
 
 #[test]
 fn a_dropped_session_is_made_anew_and_a_closed_side_says_so() {
-    let runtime = runtime();
+    let runtime = free_runtime();
     let (a, b) = sides(1);
     let (mut one, mut two) = (start(a.config(&b), &runtime), start(b.config(&a), &runtime));
     let (first, _) = one.up();
@@ -457,7 +457,7 @@ fn a_dropped_session_is_made_anew_and_a_closed_side_says_so() {
 
 #[test]
 fn configurations_that_cannot_work_are_refused() {
-    let runtime = runtime();
+    let runtime = free_runtime();
     let (a, b) = sides(1);
     let start = |config| Interconnect::start(config, runtime.handle().clone()).map(|_| ());
     let mut none = a.config(&b);
