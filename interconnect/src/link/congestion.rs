@@ -13,6 +13,7 @@
 //! packets, then waits for a timer, and timers come by the millisecond: an epoch of
 //! 800 raw pages would wait nine times for a queue that is not there.
 
+use super::capacity::PathFigures;
 use quinn::congestion::{Controller, ControllerFactory};
 use std::any::Any;
 use std::sync::Arc;
@@ -44,6 +45,11 @@ impl PrivateLink {
             window_max,
             reduced_at: None,
         }
+    }
+
+    /// What the path was measured to carry.
+    pub(super) fn figures(&self) -> PathFigures {
+        PathFigures::default()
     }
 
     /// An eighth of what got through: a reduction is undone after one or two windows.

@@ -9,6 +9,7 @@
 //! caller of [`Interconnect::control`], or let a caller take a frame for delivered:
 //! a session that ends may have lost everything not acknowledged by the product.
 
+mod capacity;
 mod config;
 mod congestion;
 mod hello;
