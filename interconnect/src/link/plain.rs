@@ -1,4 +1,5 @@
-//! One session: an established connection, its control lane and its epoch lanes.
+//! A session with a partner of protocol version 1: one connection, its control lane and
+//! its epoch lanes, each a QUIC stream of plain frames.
 //!
 //! ```text
 //!  control(frame) -> queue -> writer task -> QUIC ~> reader task -> on_ack, or LinkEvent::Control
@@ -9,17 +10,18 @@
 //! of the partner's bytes than the windows and channels allow.
 
 use super::config::OnAck;
-use super::congestion::WINDOW_BYTES_MAX;
+use super::event::{Hello, LinkEvent, SendError, SessionId};
 use super::hello::{LANE_BYTES, lane_start, parse_lane_start};
+use super::lanes::{EpochLane, IoLane, LaneSink, Lanes};
 use super::queue::{FrameQueue, PushError};
-use super::{Hello, LinkEvent, LinkStats, SendError, SessionId};
+use super::stats::{LanePressure, PairStats};
 use crate::frame::{Frame, FrameDecoder, HEADER_BYTES};
 use crate::heartbeat::HeartbeatKey;
 use crate::ids::{Generation, VmId};
 use bytes::Bytes;
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
@@ -46,21 +48,10 @@ pub(super) const CODE_REFUSED: u32 = 1;
 /// Close code: the partner broke the protocol; the reason says how.
 pub(super) const CODE_PROTOCOL: u32 = 2;
 
-/// The lanes of a pair, whatever carries them. Today one connection on one link;
-/// several links, an I/O lane and striping come behind this trait.
-pub(super) trait Lanes: Send + Sync {
-    fn id(&self) -> SessionId;
-    fn control(&self, frame: Frame) -> Result<(), PushError>;
-    fn open_epoch_lane(&self, vm: VmId, generation: Generation, queue_bytes: usize) -> EpochLane;
-    /// The link it runs on, and its figures.
-    fn stats(&self) -> (usize, LinkStats);
-    fn close(&self, code: u32, reason: &str);
-}
-
 /// A session on one connection.
-pub(super) struct Session {
+pub(super) struct PlainSession {
     id: SessionId,
-    link: usize,
+    version: u16,
     connection: Connection,
     control: FrameQueue,
     runtime: Handle,
@@ -78,11 +69,11 @@ pub(super) struct Established {
     pub(super) hello: Hello,
 }
 
-impl Session {
+impl PlainSession {
     pub(super) fn new(id: SessionId, established: &Established, runtime: Handle) -> Arc<Self> {
         Arc::new(Self {
             id,
-            link: established.link,
+            version: established.hello.version,
             connection: established.connection.clone(),
             control: FrameQueue::new(CONTROL_QUEUE_BYTES),
             runtime,
@@ -250,9 +241,13 @@ impl Session {
     }
 }
 
-impl Lanes for Session {
+impl Lanes for PlainSession {
     fn id(&self) -> SessionId {
         self.id
+    }
+
+    fn version(&self) -> u16 {
+        self.version
     }
 
     fn control(&self, frame: Frame) -> Result<(), PushError> {
@@ -284,37 +279,63 @@ impl Lanes for Session {
             task_queue.close();
         });
         EpochLane {
-            queue,
+            sink: queue,
             session: self.id,
             peer: self.peer.clone(),
+            version: self.version,
         }
     }
 
-    fn stats(&self) -> (usize, LinkStats) {
-        let stats = self.connection.stats();
-        let local = self.connection.local_ip();
-        let remote = self.connection.remote_address();
-        let link = LinkStats {
-            state: super::LinkState::Up,
-            path: Some((local.map_or(remote, |ip| (ip, 0).into()), remote)),
-            rtt: stats.path.rtt,
-            sent_bytes: stats.udp_tx.bytes,
-            received_bytes: stats.udp_rx.bytes,
-            sent_packets: stats.path.sent_packets,
-            lost_packets: stats.path.lost_packets,
-            black_holes: stats.path.black_holes_detected,
-            mtu_bytes: stats.path.current_mtu,
-            window_bytes: stats.path.cwnd.min(WINDOW_BYTES_MAX),
-            ..LinkStats::default()
-        };
-        (self.link, link)
+    fn open_io_lane(&self, _vm: VmId, _generation: Generation) -> Result<IoLane, SendError> {
+        Err(SendError::Version {
+            peer: self.peer.clone(),
+            what: "an I/O lane",
+            version: self.version,
+            needed: 2,
+        })
     }
+
+    fn stats(&self, _stats: &mut PairStats) {}
 
     fn close(&self, code: u32, reason: &str) {
         // The first reason counts.
         let _ = self.closed_here.set(reason.to_owned());
         self.connection
             .close(VarInt::from_u32(code), reason.as_bytes());
+    }
+}
+
+impl LaneSink for FrameQueue {
+    fn push_blocking(&self, frame: Frame) -> Result<(), PushError> {
+        FrameQueue::push_blocking(self, frame)
+    }
+
+    fn try_push(&self, frame: Frame) -> Result<(), PushError> {
+        FrameQueue::try_push(self, frame)
+    }
+
+    /// Version 1 has no lane with deadlines.
+    fn push_until(&self, _frame: Frame, _deadline: Instant) -> Result<u64, PushError> {
+        Err(PushError::Closed)
+    }
+
+    fn queued_bytes(&self) -> usize {
+        self.bytes()
+    }
+
+    fn pressure(&self) -> LanePressure {
+        LanePressure {
+            queued_bytes: self.bytes() as u64,
+            ..LanePressure::default()
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        FrameQueue::is_closed(self)
+    }
+
+    fn finish(&self) {
+        FrameQueue::finish(self);
     }
 }
 
@@ -409,98 +430,6 @@ pub(super) fn heartbeat_key(
         send: export(dialled)?,
         receive: export(!dialled)?,
     })
-}
-
-/// A lane of one VM's epochs; dropping it ends the lane after what is queued is sent.
-pub struct EpochLane {
-    queue: Arc<FrameQueue>,
-    session: SessionId,
-    peer: String,
-}
-
-impl std::fmt::Debug for EpochLane {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "EpochLane(session {}, {} bytes queued)",
-            self.session.0,
-            self.queued_bytes()
-        )
-    }
-}
-
-impl EpochLane {
-    fn check(frame: &Frame) -> Result<(), SendError> {
-        if frame.kind.is_control() {
-            return Err(SendError::Kind(frame.kind));
-        }
-        super::check_size(frame)
-    }
-
-    fn error(&self, error: &PushError) -> SendError {
-        match *error {
-            PushError::Closed => SendError::LaneGone,
-            PushError::Full(queued_bytes) => SendError::Full {
-                peer: self.peer.clone(),
-                queued_bytes,
-            },
-        }
-    }
-
-    /// Send, waiting while the queue is full. Not from a tokio task.
-    ///
-    /// # Errors
-    /// [`SendError::LaneGone`], [`SendError::Frame`], [`SendError::Kind`].
-    pub fn send_blocking(&self, frame: Frame) -> Result<(), SendError> {
-        Self::check(&frame)?;
-        self.queue
-            .push_blocking(frame)
-            .map_err(|error| self.error(&error))
-    }
-
-    /// Send if the queue has room.
-    ///
-    /// # Errors
-    /// As [`EpochLane::send_blocking`], and [`SendError::Full`].
-    pub fn try_send(&self, frame: Frame) -> Result<(), SendError> {
-        Self::check(&frame)?;
-        self.queue
-            .try_push(frame)
-            .map_err(|error| self.error(&error))
-    }
-
-    /// Bytes queued and not yet handed to QUIC.
-    #[must_use]
-    pub fn queued_bytes(&self) -> usize {
-        self.queue.bytes()
-    }
-
-    /// How much waits on this lane and how fast it leaves.
-    #[must_use]
-    pub fn pressure(&self) -> super::LanePressure {
-        super::LanePressure {
-            queued_bytes: self.queue.bytes() as u64,
-            ..super::LanePressure::default()
-        }
-    }
-
-    /// The session it belongs to.
-    #[must_use]
-    pub fn session(&self) -> SessionId {
-        self.session
-    }
-
-    /// Whether its session still stands and the partner still reads it.
-    #[must_use]
-    pub fn is_open(&self) -> bool {
-        !self.queue.is_closed()
-    }
-}
-
-impl Drop for EpochLane {
-    fn drop(&mut self) {
-        self.queue.finish();
-    }
 }
 
 const _: () = assert!(
