@@ -181,6 +181,12 @@ impl Links {
         }
     }
 
+    /// Whether something overdue on this link would be news.
+    pub(super) fn may_turn_suspect(&self, link: LinkIndex) -> bool {
+        self.at(link)
+            .is_some_and(|link| link.health == LinkHealth::Up)
+    }
+
     /// Something on this link is overdue. Whether that is news.
     pub(super) fn suspect(&mut self, link: LinkIndex, now: Micros) -> bool {
         self.at_mut(link).is_some_and(|link| {

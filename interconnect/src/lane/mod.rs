@@ -28,6 +28,10 @@
 //! another link, and it gets nothing new until it acknowledges something again. With no
 //! other link, a suspect one is used as it is: slow beats nothing.
 //!
+//! A stream of a lane that is over at the receiver (a late copy, or the last acknowledgement
+//! was lost with its link) is answered with [`LaneStop`](wire::LaneStop); the sender then
+//! abandons the lane.
+//!
 //! What this must never do: hand up a byte twice or out of order, hold more than the
 //! window, or send again what is known to have arrived.
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]

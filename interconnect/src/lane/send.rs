@@ -11,9 +11,11 @@
 //! its way on a link, received, or in `again`; nothing received goes out again.
 
 use super::links::Links;
+use super::stripe::{self, LinkHealth, LinkViews};
 use super::wire::{LaneAck, SegmentHeader};
-use super::{LaneClass, LinkIndex, Micros};
+use super::{LANE_SEGMENTS_MAX, LINKS_MAX, LaneClass, LinkIndex, Micros, SEGMENT_BYTES_MAX};
 use bytes::Bytes;
+use std::collections::{BTreeSet, VecDeque};
 
 /// Number of a frame on its lane, in the order pushed, from 0.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
@@ -56,18 +58,130 @@ pub enum AckError {
     },
 }
 
-/// The queue of a lane is full.
+/// Why a frame was not queued.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the lane's queue is full ({queued_bytes} bytes)")]
-pub struct Full {
-    /// Bytes waiting.
-    pub queued_bytes: u64,
+pub enum PushError {
+    /// The queue is at its limit.
+    #[error("the lane's queue is full ({queued_bytes} bytes)")]
+    Full {
+        /// Bytes waiting.
+        queued_bytes: u64,
+    },
+    /// The lane was finished or abandoned.
+    #[error("the lane was finished")]
+    Finished,
+}
+
+/// A frame, or what is left of one, that waits to be handed out.
+#[derive(Debug)]
+struct Queued {
+    number: u64,
+    header: Bytes,
+    payload: Bytes,
+    deadline: Option<Micros>,
+    /// Its first bytes were handed out: it can no longer expire.
+    begun: bool,
+}
+
+impl Queued {
+    fn bytes(&self) -> u64 {
+        (self.header.len() + self.payload.len()) as u64
+    }
+
+    /// Move up to `bytes` from its front to `chunks`; how many.
+    fn take(&mut self, bytes: usize, chunks: &mut Vec<Bytes>) -> usize {
+        self.begun = true;
+        let mut taken = 0;
+        for part in [&mut self.header, &mut self.payload] {
+            let take = part.len().min(bytes - taken);
+            if take > 0 {
+                chunks.push(part.split_to(take));
+                taken += take;
+            }
+        }
+        taken
+    }
+}
+
+/// A segment handed out and not delivered.
+#[derive(Debug)]
+struct Entry {
+    header: SegmentHeader,
+    chunks: Vec<Bytes>,
+    /// Links on which it is on its way, a bit each.
+    on: u8,
+    /// It has come over some link; an earlier one is missing.
+    received: bool,
+}
+
+impl Entry {
+    /// What it counts in acknowledgements: its bytes, and one for a lane's end.
+    fn counts(&self) -> u64 {
+        u64::from(self.header.bytes) + u64::from(self.header.fin)
+    }
+
+    fn end(&self) -> u64 {
+        self.header.offset + self.counts()
+    }
+}
+
+/// A segment on its way on one link.
+#[derive(Debug)]
+struct Flying {
+    /// The entry's number; it may be gone by now.
+    entry: u64,
+    counts: u64,
+    due: Micros,
+}
+
+/// One link's connection as this lane uses it.
+#[derive(Debug, Default)]
+struct Flight {
+    stands: bool,
+    /// In the order handed out, which is the order they arrive in.
+    flying: VecDeque<Flying>,
+    /// Handed to this connection, in all.
+    sent: u64,
+    /// Of those, no longer flying.
+    returned: u64,
+    /// Control lane: the entry to send next.
+    cursor: u64,
 }
 
 /// The sending side of one lane.
 #[derive(Debug)]
 pub struct LaneSender {
     class: LaneClass,
+    queue_bytes: u64,
+    window_bytes: u64,
+    queue: VecDeque<Queued>,
+    queued: u64,
+    pushed: u64,
+    /// Frames below this number have begun to be handed out, or have expired.
+    handed_out: u64,
+    deadline: Option<Micros>,
+    expired: Vec<FrameNumber>,
+    expired_frames: u64,
+    finishing: bool,
+    fin_sent: bool,
+    /// Handed out and not delivered, by offset.
+    entries: VecDeque<Entry>,
+    /// Number of the first of `entries`.
+    first: u64,
+    /// Where the next segment starts; past the end by one when that was handed out.
+    offset: u64,
+    delivered: u64,
+    /// Entries to hand out again.
+    again: BTreeSet<u64>,
+    again_bytes: u64,
+    repeated_bytes: u64,
+    flights: [Flight; LINKS_MAX],
+    /// Links that were up when last looked, a bit each.
+    up: u8,
+}
+
+fn bit(link: usize) -> u8 {
+    1 << link
 }
 
 impl LaneSender {
@@ -76,34 +190,195 @@ impl LaneSender {
     /// the smaller of both sides' [`super::LANE_WINDOW_BYTES`].
     #[must_use]
     pub fn new(class: LaneClass, queue_bytes: u64, window_bytes: u64) -> Self {
-        let _ = (queue_bytes, window_bytes);
-        Self { class }
+        Self {
+            class,
+            queue_bytes,
+            window_bytes,
+            queue: VecDeque::new(),
+            queued: 0,
+            pushed: 0,
+            handed_out: 0,
+            deadline: None,
+            expired: Vec::new(),
+            expired_frames: 0,
+            finishing: false,
+            fin_sent: false,
+            entries: VecDeque::new(),
+            first: 0,
+            offset: 0,
+            delivered: 0,
+            again: BTreeSet::new(),
+            again_bytes: 0,
+            repeated_bytes: 0,
+            flights: Default::default(),
+            up: 0,
+        }
     }
 
     /// Queue a frame: its header, and its payload if it has one. With a deadline it is
     /// dropped whole if no byte of it was handed out by then ([`LaneSender::expired`]).
-    /// Call no more after [`LaneSender::finish`].
     ///
     /// # Errors
-    /// [`Full`]; the frame is not queued.
+    /// [`PushError`]; the frame is not queued.
     pub fn push(
         &mut self,
         header: Bytes,
         payload: Bytes,
         deadline: Option<Micros>,
-    ) -> Result<FrameNumber, Full> {
-        let _ = (header, payload, deadline);
-        Ok(FrameNumber(0))
+    ) -> Result<FrameNumber, PushError> {
+        if self.finishing {
+            return Err(PushError::Finished);
+        }
+        if self.queued >= self.queue_bytes {
+            let queued_bytes = self.queued;
+            return Err(PushError::Full { queued_bytes });
+        }
+        let number = self.pushed;
+        self.pushed += 1;
+        let frame = Queued {
+            number,
+            header,
+            payload,
+            deadline,
+            begun: false,
+        };
+        self.queued += frame.bytes();
+        self.deadline = earlier(self.deadline, deadline);
+        self.queue.push_back(frame);
+        Ok(FrameNumber(number))
     }
 
     /// No more frames come; the lane ends after those queued.
-    pub fn finish(&mut self) {}
+    pub fn finish(&mut self) {
+        self.finishing = true;
+    }
 
     /// What this link may send now. Call until `None`; again after anything of this lane or
     /// of any link has changed, and at [`LaneSender::next_wakeup`].
     pub fn next(&mut self, link: LinkIndex, links: &mut Links, now: Micros) -> Option<Segment> {
-        let _ = (link, links, now, self.class);
-        None
+        let at = usize::from(link.0);
+        if !self.flights.get(at)?.stands {
+            return None;
+        }
+        self.expire(now);
+        let entry = match self.class {
+            LaneClass::Control => self.next_control(at),
+            LaneClass::Epoch | LaneClass::Io => self.next_striped(link, links, now),
+        }?;
+        self.hand_out(link, entry, links, now)
+    }
+
+    /// Every link goes through all entries at its own pace.
+    fn next_control(&mut self, at: usize) -> Option<u64> {
+        let cursor = self.flights[at].cursor.max(self.first);
+        if cursor >= self.first + self.entries.len() as u64 {
+            self.cut()?;
+        }
+        self.flights[at].cursor = cursor + 1;
+        Some(cursor)
+    }
+
+    fn next_striped(&mut self, link: LinkIndex, links: &Links, now: Micros) -> Option<u64> {
+        let views = links.views(self.class, now);
+        self.rescue(&views);
+        // Those on their way on this very link come by themselves if it is well.
+        let here = bit(usize::from(link.0));
+        let again = self.again.iter().copied().find_map(|number| {
+            let entry = self.entry(number)?;
+            (entry.on & here == 0).then(|| (number, entry.counts()))
+        });
+        let takes = |segment: u64| {
+            let backlog = match self.class {
+                LaneClass::Epoch => (self.queued + self.again_bytes).max(segment),
+                LaneClass::Control | LaneClass::Io => segment,
+            };
+            stripe::takes(link, &views, segment, backlog)
+        };
+        if let Some((number, bytes)) = again {
+            return takes(bytes).then_some(number);
+        }
+        let segment = self.queued.clamp(1, SEGMENT_BYTES_MAX as u64);
+        if !takes(segment) {
+            return None;
+        }
+        self.cut()
+    }
+
+    /// Turn the front of the queue into an entry, if there is anything and the window has
+    /// room; its number.
+    fn cut(&mut self) -> Option<u64> {
+        let ends = self.finishing && !self.fin_sent;
+        if self.fin_sent || (self.queue.is_empty() && !ends) {
+            return None;
+        }
+        let bytes = self.queued.min(SEGMENT_BYTES_MAX as u64);
+        if self.offset + bytes > self.delivered + self.window_bytes
+            || self.entries.len() >= LANE_SEGMENTS_MAX
+        {
+            return None;
+        }
+        let (mut chunks, mut left) = (Vec::new(), usize::try_from(bytes).unwrap_or(0));
+        let mut frame_end = false;
+        while left > 0
+            && let Some(frame) = self.queue.front_mut()
+        {
+            left -= frame.take(left, &mut chunks);
+            self.handed_out = self.handed_out.max(frame.number + 1);
+            frame_end = frame.bytes() == 0;
+            if frame_end {
+                self.queue.pop_front();
+            }
+        }
+        self.queued -= bytes;
+        let fin = ends && self.queue.is_empty();
+        self.fin_sent |= fin;
+        let entry = Entry {
+            header: SegmentHeader {
+                offset: self.offset,
+                bytes: u32::try_from(bytes).unwrap_or(0),
+                fin,
+                frame_end,
+            },
+            chunks,
+            on: 0,
+            received: false,
+        };
+        self.offset = entry.end();
+        self.entries.push_back(entry);
+        Some(self.first + self.entries.len() as u64 - 1)
+    }
+
+    fn hand_out(
+        &mut self,
+        link: LinkIndex,
+        number: u64,
+        links: &mut Links,
+        now: Micros,
+    ) -> Option<Segment> {
+        let at = usize::from(link.0);
+        let again = self.strike(number);
+        let entry = self.entry_mut(number)?;
+        entry.on |= bit(at);
+        let counts = entry.counts();
+        let segment = Segment {
+            header: entry.header,
+            chunks: entry.chunks.clone(),
+            again,
+        };
+        if again {
+            self.repeated_bytes += u64::from(segment.header.bytes);
+        }
+        links.sent(link, self.class, counts);
+        // All that is on its way on the link: patience is cheap here.
+        let view = links.views(LaneClass::Control, now)[at];
+        let flight = &mut self.flights[at];
+        flight.sent += counts;
+        flight.flying.push_back(Flying {
+            entry: number,
+            counts,
+            due: now.plus(stripe::overdue_after(&view)),
+        });
+        Some(segment)
     }
 
     /// An acknowledgement came in on this link's connection that stands now.
@@ -117,79 +392,245 @@ impl LaneSender {
         links: &mut Links,
         now: Micros,
     ) -> Result<(), AckError> {
-        let _ = (link, ack, links, now);
+        let LaneAck {
+            delivered,
+            received,
+            ..
+        } = ack;
+        if delivered > self.offset {
+            let sent = self.offset;
+            return Err(AckError::Delivered { delivered, sent });
+        }
+        let Some(flight) = self
+            .flights
+            .get_mut(usize::from(link.0))
+            .filter(|flight| flight.stands)
+        else {
+            return Ok(());
+        };
+        if received > flight.sent {
+            let sent = flight.sent;
+            return Err(AckError::Received {
+                link,
+                received,
+                sent,
+            });
+        }
+        let mut arrived = Vec::new();
+        while let Some(flying) = flight.flying.front()
+            && flight.returned + flying.counts <= received
+        {
+            flight.returned += flying.counts;
+            links.returned(link, self.class, flying.counts, now);
+            arrived.push(flying.entry);
+            flight.flying.pop_front();
+        }
+        for number in arrived {
+            self.strike(number);
+            if let Some(entry) = self.entry_mut(number) {
+                entry.on &= !bit(usize::from(link.0));
+                entry.received = true;
+            }
+        }
+        self.delivered = self.delivered.max(delivered);
+        while let Some(entry) = self.entries.front()
+            && entry.end() <= self.delivered
+        {
+            self.strike(self.first);
+            self.entries.pop_front();
+            self.first += 1;
+        }
         Ok(())
     }
 
     /// A new connection stands on this link (after [`Links::up`]).
     pub fn link_up(&mut self, link: LinkIndex) {
-        let _ = link;
+        if let Some(flight) = self.flights.get_mut(usize::from(link.0)) {
+            *flight = Flight {
+                stands: true,
+                ..Flight::default()
+            };
+        }
     }
 
     /// The link's connection is gone (after [`Links::down`]): what was on its way there goes
     /// again elsewhere.
-    pub fn link_down(&mut self, link: LinkIndex, links: &Links, now: Micros) {
-        let _ = (link, links, now);
+    pub fn link_down(&mut self, link: LinkIndex) {
+        let at = usize::from(link.0);
+        let Some(flight) = self.flights.get_mut(at) else {
+            return;
+        };
+        let flight = std::mem::take(flight);
+        for flying in flight.flying {
+            let Some(entry) = self.entry_mut(flying.entry) else {
+                continue;
+            };
+            entry.on &= !bit(at);
+            if !entry.received && entry.on == 0 {
+                self.mark(flying.entry);
+            }
+        }
+        // What is left on suspect links alone is looked for again.
+        self.up = 0;
     }
 
     /// Look for overdue segments and passed deadlines. Returns the links that are suspect
-    /// from now on. Call at [`LaneSender::next_wakeup`].
+    /// from now on; if any, ask all links of all lanes for what they may send. Call at
+    /// [`LaneSender::next_wakeup`].
     pub fn tick(&mut self, links: &mut Links, now: Micros) -> Vec<LinkIndex> {
-        let _ = (links, now);
-        Vec::new()
+        self.expire(now);
+        let mut news = Vec::new();
+        for (index, flight) in (0u8..).zip(&self.flights) {
+            let overdue = flight.flying.front().is_some_and(|front| front.due <= now);
+            if overdue && links.suspect(LinkIndex(index), now) {
+                news.push(LinkIndex(index));
+            }
+        }
+        news
     }
 
     /// When to call [`LaneSender::tick`] though nothing happens.
     #[must_use]
     pub fn next_wakeup(&self, links: &Links) -> Option<Micros> {
-        let _ = links;
-        None
+        let due = (0u8..)
+            .zip(&self.flights)
+            .filter(|(index, _)| links.may_turn_suspect(LinkIndex(*index)))
+            .filter_map(|(_, flight)| Some(flight.flying.front()?.due))
+            .min();
+        earlier(due, self.deadline)
+    }
+
+    /// Copies of what is on its way on links that are not up alone, once one is up: they may
+    /// take long, or for ever.
+    fn rescue(&mut self, views: &LinkViews) {
+        let up = (0..LINKS_MAX)
+            .filter(|at| views[*at].health == LinkHealth::Up)
+            .fold(0, |up, at| up | bit(at));
+        if up == std::mem::replace(&mut self.up, up) || up == 0 {
+            return;
+        }
+        for number in self.first..self.first + self.entries.len() as u64 {
+            if let Some(entry) = self.entry(number)
+                && !entry.received
+                && entry.on & up == 0
+            {
+                self.mark(number);
+            }
+        }
+    }
+
+    /// This entry goes out again.
+    fn mark(&mut self, number: u64) {
+        if let Some(entry) = self.entry(number)
+            && self.class != LaneClass::Control
+        {
+            let counts = entry.counts();
+            if self.again.insert(number) {
+                self.again_bytes += counts;
+            }
+        }
+    }
+
+    /// It need not any more, or does so now. Whether it was to.
+    fn strike(&mut self, number: u64) -> bool {
+        let was = self.again.remove(&number);
+        if was && let Some(entry) = self.entry(number) {
+            self.again_bytes -= entry.counts();
+        }
+        was
+    }
+
+    fn entry(&self, number: u64) -> Option<&Entry> {
+        let at = number.checked_sub(self.first)?;
+        self.entries.get(usize::try_from(at).ok()?)
+    }
+
+    fn entry_mut(&mut self, number: u64) -> Option<&mut Entry> {
+        let at = number.checked_sub(self.first)?;
+        self.entries.get_mut(usize::try_from(at).ok()?)
+    }
+
+    fn expire(&mut self, now: Micros) {
+        if self.deadline.is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        let (mut next, mut dropped) = (None, 0);
+        let expired = &mut self.expired;
+        self.queue.retain(|frame| {
+            let keep = frame.begun || frame.deadline.is_none_or(|deadline| now < deadline);
+            if !keep {
+                expired.push(FrameNumber(frame.number));
+                dropped += frame.bytes();
+                self.expired_frames += 1;
+            } else if !frame.begun {
+                next = earlier(next, frame.deadline);
+            }
+            keep
+        });
+        self.queued -= dropped;
+        self.deadline = next;
     }
 
     /// Frames dropped since last asked because their deadline passed: certainly not sent.
     pub fn expired(&mut self) -> Vec<FrameNumber> {
-        Vec::new()
+        std::mem::take(&mut self.expired)
     }
 
-    /// Nobody wants the lane any more: forget all of it.
+    /// Nobody wants the lane any more: forget all of it. Its streams are to be reset.
     pub fn abandon(&mut self, links: &mut Links, now: Micros) {
-        let _ = (links, now);
+        for (index, flight) in (0u8..).zip(&mut self.flights) {
+            let flying = std::mem::take(flight).flying;
+            let bytes = flying.iter().map(|flying| flying.counts).sum();
+            links.returned(LinkIndex(index), self.class, bytes, now);
+        }
+        *self = Self {
+            finishing: true,
+            fin_sent: true,
+            ..Self::new(self.class, self.queue_bytes, self.window_bytes)
+        };
     }
 
-    /// Whether everything and the lane's end was delivered.
+    /// Whether everything and the lane's end was delivered (or the lane abandoned).
     #[must_use]
     pub fn is_done(&self) -> bool {
-        false
+        self.fin_sent && self.entries.is_empty()
     }
 
     /// Bytes that wait to be handed out for the first time.
     #[must_use]
     pub fn queued_bytes(&self) -> u64 {
-        0
+        self.queued
     }
 
     /// Bytes handed out and not delivered.
     #[must_use]
     pub fn unacked_bytes(&self) -> u64 {
-        0
+        self.offset - self.delivered
     }
 
     /// Bytes handed out again so far.
     #[must_use]
     pub fn repeated_bytes(&self) -> u64 {
-        0
+        self.repeated_bytes
     }
 
     /// Frames dropped for their deadline so far.
     #[must_use]
     pub fn expired_frames(&self) -> u64 {
-        0
+        self.expired_frames
     }
 
-    /// Whether this frame has begun to be handed out: its fate is the partner's word.
+    /// Whether this frame, if it has not expired, has begun to be handed out: its fate is
+    /// the partner's word.
     #[must_use]
     pub fn is_handed_out(&self, frame: FrameNumber) -> bool {
-        let _ = frame;
-        false
+        frame.0 < self.handed_out
+    }
+}
+
+fn earlier(one: Option<Micros>, other: Option<Micros>) -> Option<Micros> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
     }
 }

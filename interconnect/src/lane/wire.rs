@@ -394,7 +394,7 @@ pub struct LaneAck {
 pub struct LaneStop {
     /// The lane, of the partner's.
     pub lane: LaneId,
-    /// Why; 0: the reader went away. Others are the product's.
+    /// Why: [`LaneStop::READER_GONE`], [`LaneStop::OVER`]; other numbers mean nothing more.
     pub reason: u32,
 }
 
@@ -412,6 +412,12 @@ impl LaneAck {
 }
 
 impl LaneStop {
+    /// Reason: the reader went away.
+    pub const READER_GONE: u32 = 0;
+    /// Reason: the lane was delivered to its end; its last acknowledgement was lost with a
+    /// link. Answers a stream of a lane that is over.
+    pub const OVER: u32 = 1;
+
     /// The record as sent.
     #[must_use]
     pub fn encode(&self) -> [u8; RECORD_HEADER_BYTES + STOP_BODY_BYTES] {
