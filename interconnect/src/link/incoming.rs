@@ -22,13 +22,13 @@ use crate::frame::{Frame, FrameDecoder, FrameKind};
 use crate::lane::incoming::IncomingLanes;
 use crate::lane::receive::LaneReceiver;
 use crate::lane::wire::{LaneAck, LaneStart, LaneStop, Piece};
-use crate::lane::{LINKS_MAX, LaneClass, LaneId, LinkIndex, Micros};
+use crate::lane::{LINKS_MAX, LaneClass, LaneId, Micros};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
-use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{mpsc, watch};
 
 /// Frames of one lane that wait for the standby's thread. With page batches of
 /// 1 MiB this is 8 MiB; beyond it the lane's window holds the sender.
@@ -121,8 +121,10 @@ pub(super) enum Handed {
     All,
     /// The product has no room.
     Full,
-    /// The lane ended, or the product went away: the lane is over.
-    Over,
+    /// The lane ended.
+    Finished,
+    /// The product went away.
+    Unwanted,
 }
 
 struct State {
@@ -145,6 +147,13 @@ struct State {
 pub(super) struct InLane {
     pub(super) start: LaneStart,
     state: Mutex<State>,
+    over: watch::Sender<bool>,
+}
+
+enum Gone {
+    Frames(mpsc::Sender<Frame>),
+    Io(mpsc::Sender<IoEvent>),
+    Never,
 }
 
 /// What became of bytes that came in.
@@ -153,8 +162,8 @@ pub(super) struct Taken {
     pub(super) gone: bool,
     /// The product has no room: [`InLane::deliver`] must run.
     pub(super) deliver: bool,
-    /// The lane is over: forget it.
-    pub(super) over: bool,
+    /// The lane is over: forget it, and with `Some(true)` tell the partner.
+    pub(super) over: Option<bool>,
     /// Ask for acknowledgements again at this time.
     pub(super) ack_at: Option<Micros>,
 }
@@ -174,6 +183,7 @@ impl InLane {
                 frames: 0,
                 bytes: 0,
             }),
+            over: watch::Sender::new(false),
         })
     }
 
@@ -217,7 +227,7 @@ impl InLane {
         let mut taken = Taken {
             gone: !state.is_member(member),
             deliver: false,
-            over: false,
+            over: None,
             ack_at: None,
         };
         if taken.gone {
@@ -233,10 +243,11 @@ impl InLane {
             match state.hand_up(now)? {
                 Handed::All => {}
                 Handed::Full => (state.delivering, taken.deliver) = (true, true),
-                Handed::Over => taken.over = true,
+                Handed::Finished => taken.over = Some(false),
+                Handed::Unwanted => taken.over = Some(true),
             }
         }
-        self.nudge(&state, taken.over);
+        self.nudge(&state, taken.over == Some(false));
         taken.ack_at = state.receiver.next_wakeup();
         Ok(taken)
     }
@@ -256,19 +267,20 @@ impl InLane {
         self.nudge(&state, true);
     }
 
-    /// Hand up while the product makes room; ends when there is nothing left. Whether the
-    /// lane is over.
-    pub(super) async fn deliver(self: &Arc<Self>, clock: &Clock) -> Result<bool, String> {
+    /// Hand up while the product makes room; ends when there is nothing left. Returns
+    /// [`Taken::over`].
+    pub(super) async fn deliver(self: &Arc<Self>, clock: &Clock) -> Result<Option<bool>, String> {
         loop {
             self.room().await;
             let ack_at = {
                 let now = clock.now();
                 let mut state = lock(&self.state);
                 let handed = state.hand_up(now)?;
-                self.nudge(&state, handed == Handed::Over);
+                self.nudge(&state, handed == Handed::Finished);
                 match handed {
                     Handed::Full => continue,
-                    Handed::Over => return Ok(true),
+                    Handed::Finished => return Ok(Some(false)),
+                    Handed::Unwanted => return Ok(Some(true)),
                     Handed::All => {}
                 }
                 state.delivering = false;
@@ -278,7 +290,7 @@ impl InLane {
                 clock.sleep_until(at).await;
                 self.ack_now();
             }
-            return Ok(false);
+            return Ok(None);
         }
     }
 
@@ -302,21 +314,32 @@ impl InLane {
         }
     }
 
-    /// Nobody wants frames any more; ends the product's channel.
-    pub(super) fn close(&self) {
+    /// The lane is over: ends the product's channel, and the tasks that read for it.
+    fn close(&self) {
         lock(&self.state).sink = None;
+        self.over.send_replace(true);
     }
 
-    /// Wait until the product does not read the lane any more.
-    pub(super) async fn unread(&self) {
-        let frames = match &lock(&self.state).sink {
-            Some(Sink::Epoch(frames)) => frames.downgrade(),
-            _ => return std::future::pending().await,
+    /// Wait until the lane is over (`false`), or the product does not read it any more.
+    pub(super) async fn unread(&self) -> bool {
+        let mut over = self.over.subscribe();
+        let over = over.wait_for(|over| *over);
+        let gone = match &lock(&self.state).sink {
+            Some(Sink::Epoch(frames)) => Gone::Frames(frames.clone()),
+            Some(Sink::Io(events)) => Gone::Io(events.clone()),
+            _ => Gone::Never,
         };
-        let Some(frames) = frames.upgrade() else {
-            return;
+        let gone = async {
+            match gone {
+                Gone::Frames(frames) => frames.closed().await,
+                Gone::Io(events) => events.closed().await,
+                Gone::Never => std::future::pending().await,
+            }
         };
-        frames.closed().await;
+        tokio::select! {
+            _ = over => false,
+            () = gone => true,
+        }
     }
 
     fn stats(&self) -> LaneStats {
@@ -349,7 +372,7 @@ impl State {
             if let Some(frame) = self.ready.take() {
                 let bytes = frame.wire_bytes() as u64;
                 let Some(sink) = &self.sink else {
-                    return Ok(Handed::Over);
+                    return Ok(Handed::Unwanted);
                 };
                 match sink.send(frame)? {
                     Ok(()) => (self.frames, self.bytes) = (self.frames + 1, self.bytes + bytes),
@@ -359,7 +382,7 @@ impl State {
                     }
                     Err(None) => {
                         self.sink = None;
-                        return Ok(Handed::Over);
+                        return Ok(Handed::Unwanted);
                     }
                 }
             }
@@ -371,7 +394,7 @@ impl State {
                         if !self.decoder.is_at_boundary() {
                             return Err("a lane ended within a frame".to_owned());
                         }
-                        return Ok(Handed::Over);
+                        return Ok(Handed::Finished);
                     }
                     None => return Ok(Handed::All),
                 }
@@ -621,12 +644,4 @@ impl Incoming {
     pub(super) fn lane_stats(&self) -> Vec<LaneStats> {
         lock(&self.table).open.values().map(|lane| lane.stats()).collect()
     }
-}
-
-const _: () = assert!(LINKS_MAX <= u8::MAX as usize);
-
-/// Where the link of a member stands in tables by link.
-#[allow(dead_code)]
-fn slot(link: LinkIndex) -> usize {
-    usize::from(link.0)
 }

@@ -28,6 +28,7 @@ use crate::lane::{LINKS_MAX, LaneClass, LaneId, LinkIndex, Micros};
 use bytes::Bytes;
 use quinn::Connection;
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::error::TrySendError;
@@ -46,6 +47,16 @@ const PULL_BYTES_ALONE: usize = 1 << 20;
 const TICK_MIN: Duration = Duration::from_millis(1);
 const TICK_MAX: Duration = Duration::from_millis(5);
 
+/// Least that bulk may have in QUIC on a link, in bytes: an epoch of 250 raw pages.
+const SEND_WINDOW_MIN: u64 = 1 << 20;
+/// What may wait in front of a link's wire, beyond its round trip: less is not worth a
+/// late writer, more could not go another way any more.
+const SEND_DELAY_US: u64 = 5_000;
+/// What control and I/O may have in QUIC beyond what bulk has filled, in bytes. Bulk fills
+/// the send window; without room of their own the others would wait for it to drain, and
+/// priorities only order what is inside.
+const URGENT_BYTES_MAX: u64 = 2 << 20;
+
 /// A connection that stands on a link.
 #[derive(Clone)]
 pub(super) struct Member {
@@ -53,6 +64,51 @@ pub(super) struct Member {
     /// Tells it from others on the same link; counts up from 1.
     pub(super) serial: u64,
     pub(super) connection: Connection,
+    /// What the partner's socket takes, in bytes.
+    window_max: u64,
+    /// What bulk may have in QUIC now, in bytes.
+    window: Arc<AtomicU64>,
+}
+
+impl Member {
+    pub(super) fn new(link: LinkIndex, serial: u64, connection: Connection) -> Self {
+        let window_max = connection.congestion_state().initial_window();
+        Self {
+            link,
+            serial,
+            connection,
+            window_max,
+            window: Arc::new(AtomicU64::new(window_max)),
+        }
+    }
+
+    /// Let urgent streams write beside bulk that has filled the window, or no longer.
+    pub(super) fn raise_window(&self, raised: bool) {
+        let urgent = if raised {
+            URGENT_BYTES_MAX.min(self.window_max / 2)
+        } else {
+            0
+        };
+        let window = self.window.load(Ordering::Relaxed);
+        self.connection.set_send_window(window + urgent);
+    }
+
+    /// Keep what is in QUIC to what the path carries soon: it can go no other way any more.
+    fn fit_window(&self, measure: &LinkMeasure) {
+        let Some(capacity) = measure.capacity else {
+            return;
+        };
+        let time = u128::from(measure.rtt_min.0 + SEND_DELAY_US);
+        let bytes = u128::from(capacity) * time / 1_000_000;
+        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        let window = bytes.max(SEND_WINDOW_MIN).min(self.window_max);
+        let before = self.window.load(Ordering::Relaxed);
+        // Not for every wobble: it takes QUIC's lock and wakes its task.
+        if window.abs_diff(before) > before / 8 {
+            self.window.store(window, Ordering::Relaxed);
+            self.connection.set_send_window(window);
+        }
+    }
 }
 
 /// The part of a lane that its tasks and its owner hold on to.
@@ -75,7 +131,7 @@ impl OutLane {
         &self.wake[usize::from(link.0) % LINKS_MAX]
     }
 
-    fn wake_others(&self, link: LinkIndex) {
+    pub(super) fn wake_others(&self, link: LinkIndex) {
         for (index, wake) in self.wake.iter().enumerate() {
             if index != usize::from(link.0) {
                 wake.notify_one();
@@ -148,8 +204,10 @@ pub(super) enum Pull {
     Write {
         more: bool,
     },
-    /// Nothing for this link now.
-    Wait,
+    /// Nothing for this link now; whether something waits all the same.
+    Wait {
+        more: bool,
+    },
     /// Everything was delivered, or nobody wants it.
     Over,
     /// Its connection is not the link's any more.
@@ -334,10 +392,10 @@ impl Outgoing {
             });
             chunks.extend(segment.chunks);
         }
-        if bytes == 0 {
-            return Pull::Wait;
-        }
         let more = !alone && sending.sender.queued_bytes() > 0;
+        if bytes == 0 {
+            return Pull::Wait { more };
+        }
         let lane = Arc::clone(&sending.lane);
         self.start_clock(&mut core);
         drop(core);
@@ -414,6 +472,9 @@ impl Outgoing {
         let members: Vec<Member> = self.lock().members.iter().flatten().cloned().collect();
         // Not under the lock: QUIC has its own, and holds it while it sends.
         let measures: Vec<_> = members.into_iter().map(measure).collect();
+        for (member, measure) in &measures {
+            member.fit_window(measure);
+        }
         let now = self.now();
         let mut core = self.lock();
         for (member, measure) in measures {
