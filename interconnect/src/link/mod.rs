@@ -12,6 +12,7 @@
 mod capacity;
 mod config;
 mod congestion;
+mod drivers;
 mod hello;
 mod keeper;
 mod queue;

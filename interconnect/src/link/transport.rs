@@ -4,6 +4,7 @@
 
 use super::config::{LinkAddr, LinkSettings, PairConfig, StartError};
 use super::congestion::{PrivateLinkConfig, WINDOW_BYTES_MAX, WINDOW_BYTES_MIN};
+use super::drivers::Drivers;
 use super::socket::{self, SOCKET_BUFFER_BYTES};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
@@ -144,8 +145,9 @@ pub(super) fn endpoint(
     id_key.copy_from_slice(&tag.as_ref()[..8]);
     let id_key = u64::from_le_bytes(id_key);
     endpoint_config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)));
+    let receive_bytes_max = config.settings.mtu_bytes_max.max(SAFE_MTU_BYTES);
     endpoint_config
-        .max_udp_payload_size(config.settings.mtu_bytes_max.max(SAFE_MTU_BYTES))
+        .max_udp_payload_size(receive_bytes_max)
         .map_err(|error| tls(error.to_string()))?;
 
     let client = config
@@ -165,13 +167,13 @@ pub(super) fn endpoint(
     // A link is a cable: the partner's address on it does not change.
     server.transport_config(transport).migration(false);
 
-    socket::for_quic(socket, packets.max)
+    socket::for_quic(socket, packets.max, receive_bytes_max)
         .and_then(|socket| {
             quinn::Endpoint::new_with_abstract_socket(
                 endpoint_config,
                 Some(server),
-                socket,
-                Arc::new(quinn::TokioRuntime),
+                Arc::clone(&socket) as _,
+                Arc::new(Drivers::new(socket)),
             )
         })
         .map(|endpoint| (endpoint, client))
