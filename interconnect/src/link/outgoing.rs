@@ -15,6 +15,7 @@
 //! to send.
 
 use super::capacity;
+use super::incoming::Clock;
 use super::lanes::{IoEvent, IoTicket, LaneSink};
 use super::queue::PushError;
 use super::stats::{LaneKind, LanePressure, LaneStats, LinkState};
@@ -267,8 +268,12 @@ impl Outgoing {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn clock(&self) -> Clock {
+        Clock(self.started)
+    }
+
     pub(super) fn now(&self) -> Micros {
-        self.started.elapsed().into()
+        self.clock().now()
     }
 
     pub(super) fn control(&self) -> &Arc<OutLane> {

@@ -47,6 +47,9 @@ pub(super) const CODE_DONE: u32 = 0;
 pub(super) const CODE_REFUSED: u32 = 1;
 /// Close code: the partner broke the protocol; the reason says how.
 pub(super) const CODE_PROTOCOL: u32 = 2;
+/// Close code: this connection only; its session goes on over other links or a new
+/// connection of this one. Since protocol version 2.
+pub(super) const CODE_LINK: u32 = 3;
 
 /// A session on one connection.
 pub(super) struct PlainSession {

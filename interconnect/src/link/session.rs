@@ -25,7 +25,7 @@ use crate::frame::Frame;
 use crate::heartbeat::HeartbeatKey;
 use crate::ids::{Generation, VmId};
 use crate::lane::{LaneClass, LaneId, LinkIndex, Micros};
-use quinn::{Connection, ConnectionError, VarInt};
+use quinn::{ConnectionError, VarInt};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -464,9 +464,4 @@ impl Clock {
             None => std::future::pending().await,
         }
     }
-}
-
-/// The two ends of a connection, for people.
-pub(super) fn reason_of(connection: &Connection) -> Option<String> {
-    connection.close_reason().map(|error| error.to_string())
 }
