@@ -281,12 +281,19 @@ impl LaneSender {
     fn next_striped(&mut self, link: LinkIndex, links: &Links, now: Micros) -> Option<u64> {
         let views = links.views(self.class, now);
         self.rescue(&views);
-        // Those on their way on this very link come by themselves if it is well.
         let here = bit(usize::from(link.0));
-        let again = self.again.iter().copied().find_map(|number| {
-            let entry = self.entry(number)?;
-            (entry.on & here == 0).then(|| (number, entry.counts()))
-        });
+        let again = loop {
+            let Some(&number) = self.again.first() else {
+                break None;
+            };
+            match self.entry(number) {
+                // The link it is on is well again (or this one, the only one).
+                Some(entry) if entry.on & (self.up | here) == 0 => {
+                    break Some((number, entry.counts()));
+                }
+                _ => self.strike(number),
+            };
+        };
         let takes = |segment: u64| {
             let backlog = match self.class {
                 LaneClass::Epoch => (self.queued + self.again_bytes).max(segment),
@@ -606,6 +613,12 @@ impl LaneSender {
     #[must_use]
     pub fn unacked_bytes(&self) -> u64 {
         self.offset - self.delivered
+    }
+
+    /// Segments handed out and not delivered.
+    #[cfg(test)]
+    pub(super) fn entries_held(&self) -> usize {
+        self.entries.len()
     }
 
     /// Bytes handed out again so far.
