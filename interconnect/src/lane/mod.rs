@@ -38,6 +38,7 @@
 
 pub mod incoming;
 pub mod links;
+mod queue;
 pub mod receive;
 pub mod send;
 pub mod stripe;
