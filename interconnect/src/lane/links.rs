@@ -123,16 +123,15 @@ impl Links {
         self.at(link).map_or(0, |link| link.bulk + link.io)
     }
 
-    /// What all links that are up carry together, in bytes a second; `None` while one of
-    /// them is not measured, or none is up.
+    /// What the links that are up and measured carry together, in bytes a second; `None` if
+    /// there is none.
     #[must_use]
     pub fn capacity(&self, now: Micros) -> Option<u64> {
         self.links
             .iter()
             .filter(|link| link.health_at(now) == LinkHealth::Up)
-            .map(|link| link.measure.capacity)
-            .reduce(|sum, one| Some(sum?.saturating_add(one?)))
-            .flatten()
+            .filter_map(|link| link.measure.capacity)
+            .reduce(u64::saturating_add)
     }
 
     /// The links as a lane of this class sees them. QUIC sends I/O before bulk, so bulk is

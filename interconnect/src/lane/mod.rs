@@ -38,6 +38,7 @@
 
 pub mod incoming;
 pub mod links;
+mod queue;
 pub mod receive;
 pub mod send;
 pub mod stripe;
@@ -140,3 +141,6 @@ pub const ACK_DELAY: Micros = Micros(2_000);
 const _: () = assert!(LANE_WINDOW_BYTES_MIN <= LANE_WINDOW_BYTES);
 const _: () = assert!(LANE_WINDOW_BYTES >= 4 * ACK_BYTES);
 const _: () = assert!(LANE_SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64 >= LANE_WINDOW_BYTES);
+
+#[cfg(test)]
+mod tests;

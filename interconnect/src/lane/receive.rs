@@ -261,7 +261,9 @@ impl LaneReceiver {
             });
             let part = bytes.split_to(free.min(bytes.len()));
             start = free_from + part.len() as u64;
-            self.add(free_from, part)?;
+            if !part.is_empty() {
+                self.add(free_from, part)?;
+            }
         }
     }
 

@@ -10,16 +10,15 @@
 //! Invariants: what is handed out lies within the window beyond `delivered`; an entry is on
 //! its way on a link, received, or in `again`; nothing received goes out again.
 
+pub use super::queue::{FrameNumber, PushError};
+
 use super::links::Links;
+use super::queue::{FrameQueue, earlier};
 use super::stripe::{self, LinkHealth, LinkViews};
 use super::wire::{LaneAck, SegmentHeader};
 use super::{LANE_SEGMENTS_MAX, LINKS_MAX, LaneClass, LinkIndex, Micros, SEGMENT_BYTES_MAX};
 use bytes::Bytes;
 use std::collections::{BTreeSet, VecDeque};
-
-/// Number of a frame on its lane, in the order pushed, from 0.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
-pub struct FrameNumber(pub u64);
 
 /// What one link sends next of a lane.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -56,51 +55,6 @@ pub enum AckError {
         /// Handed to it.
         sent: u64,
     },
-}
-
-/// Why a frame was not queued.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum PushError {
-    /// The queue is at its limit.
-    #[error("the lane's queue is full ({queued_bytes} bytes)")]
-    Full {
-        /// Bytes waiting.
-        queued_bytes: u64,
-    },
-    /// The lane was finished or abandoned.
-    #[error("the lane was finished")]
-    Finished,
-}
-
-/// A frame, or what is left of one, that waits to be handed out.
-#[derive(Debug)]
-struct Queued {
-    number: u64,
-    header: Bytes,
-    payload: Bytes,
-    deadline: Option<Micros>,
-    /// Its first bytes were handed out: it can no longer expire.
-    begun: bool,
-}
-
-impl Queued {
-    fn bytes(&self) -> u64 {
-        (self.header.len() + self.payload.len()) as u64
-    }
-
-    /// Move up to `bytes` from its front to `chunks`; how many.
-    fn take(&mut self, bytes: usize, chunks: &mut Vec<Bytes>) -> usize {
-        self.begun = true;
-        let mut taken = 0;
-        for part in [&mut self.header, &mut self.payload] {
-            let take = part.len().min(bytes - taken);
-            if take > 0 {
-                chunks.push(part.split_to(take));
-                taken += take;
-            }
-        }
-        taken
-    }
 }
 
 /// A segment handed out and not delivered.
@@ -152,17 +106,8 @@ struct Flight {
 #[derive(Debug)]
 pub struct LaneSender {
     class: LaneClass,
-    queue_bytes: u64,
     window_bytes: u64,
-    queue: VecDeque<Queued>,
-    queued: u64,
-    pushed: u64,
-    /// Frames below this number have begun to be handed out, or have expired.
-    handed_out: u64,
-    deadline: Option<Micros>,
-    expired: Vec<FrameNumber>,
-    expired_frames: u64,
-    finishing: bool,
+    queue: FrameQueue,
     fin_sent: bool,
     /// Handed out and not delivered, by offset.
     entries: VecDeque<Entry>,
@@ -192,16 +137,8 @@ impl LaneSender {
     pub fn new(class: LaneClass, queue_bytes: u64, window_bytes: u64) -> Self {
         Self {
             class,
-            queue_bytes,
             window_bytes,
-            queue: VecDeque::new(),
-            queued: 0,
-            pushed: 0,
-            handed_out: 0,
-            deadline: None,
-            expired: Vec::new(),
-            expired_frames: 0,
-            finishing: false,
+            queue: FrameQueue::new(queue_bytes),
             fin_sent: false,
             entries: VecDeque::new(),
             first: 0,
@@ -226,31 +163,12 @@ impl LaneSender {
         payload: Bytes,
         deadline: Option<Micros>,
     ) -> Result<FrameNumber, PushError> {
-        if self.finishing {
-            return Err(PushError::Finished);
-        }
-        if self.queued >= self.queue_bytes {
-            let queued_bytes = self.queued;
-            return Err(PushError::Full { queued_bytes });
-        }
-        let number = self.pushed;
-        self.pushed += 1;
-        let frame = Queued {
-            number,
-            header,
-            payload,
-            deadline,
-            begun: false,
-        };
-        self.queued += frame.bytes();
-        self.deadline = earlier(self.deadline, deadline);
-        self.queue.push_back(frame);
-        Ok(FrameNumber(number))
+        self.queue.push(header, payload, deadline)
     }
 
     /// No more frames come; the lane ends after those queued.
     pub fn finish(&mut self) {
-        self.finishing = true;
+        self.queue.finish();
     }
 
     /// What this link may send now. Call until `None`; again after anything of this lane or
@@ -260,7 +178,7 @@ impl LaneSender {
         if !self.flights.get(at)?.stands {
             return None;
         }
-        self.expire(now);
+        self.queue.expire(now);
         let entry = match self.class {
             LaneClass::Control => self.next_control(at),
             LaneClass::Epoch | LaneClass::Io => self.next_striped(link, links, now),
@@ -281,15 +199,22 @@ impl LaneSender {
     fn next_striped(&mut self, link: LinkIndex, links: &Links, now: Micros) -> Option<u64> {
         let views = links.views(self.class, now);
         self.rescue(&views);
-        // Those on their way on this very link come by themselves if it is well.
         let here = bit(usize::from(link.0));
-        let again = self.again.iter().copied().find_map(|number| {
-            let entry = self.entry(number)?;
-            (entry.on & here == 0).then(|| (number, entry.counts()))
-        });
+        let again = loop {
+            let Some(&number) = self.again.first() else {
+                break None;
+            };
+            match self.entry(number) {
+                // The link it is on is well again (or this one, the only one).
+                Some(entry) if entry.on & (self.up | here) == 0 => {
+                    break Some((number, entry.counts()));
+                }
+                _ => self.strike(number),
+            };
+        };
         let takes = |segment: u64| {
             let backlog = match self.class {
-                LaneClass::Epoch => (self.queued + self.again_bytes).max(segment),
+                LaneClass::Epoch => (self.queue.bytes() + self.again_bytes).max(segment),
                 LaneClass::Control | LaneClass::Io => segment,
             };
             stripe::takes(link, &views, segment, backlog)
@@ -297,7 +222,7 @@ impl LaneSender {
         if let Some((number, bytes)) = again {
             return takes(bytes).then_some(number);
         }
-        let segment = self.queued.clamp(1, SEGMENT_BYTES_MAX as u64);
+        let segment = self.queue.bytes().clamp(1, SEGMENT_BYTES_MAX as u64);
         if !takes(segment) {
             return None;
         }
@@ -307,29 +232,17 @@ impl LaneSender {
     /// Turn the front of the queue into an entry, if there is anything and the window has
     /// room; its number.
     fn cut(&mut self) -> Option<u64> {
-        let ends = self.finishing && !self.fin_sent;
+        let ends = self.queue.is_finished() && !self.fin_sent;
         if self.fin_sent || (self.queue.is_empty() && !ends) {
             return None;
         }
-        let bytes = self.queued.min(SEGMENT_BYTES_MAX as u64);
+        let bytes = self.queue.bytes().min(SEGMENT_BYTES_MAX as u64);
         if self.offset + bytes > self.delivered + self.window_bytes
             || self.entries.len() >= LANE_SEGMENTS_MAX
         {
             return None;
         }
-        let (mut chunks, mut left) = (Vec::new(), usize::try_from(bytes).unwrap_or(0));
-        let mut frame_end = false;
-        while left > 0
-            && let Some(frame) = self.queue.front_mut()
-        {
-            left -= frame.take(left, &mut chunks);
-            self.handed_out = self.handed_out.max(frame.number + 1);
-            frame_end = frame.bytes() == 0;
-            if frame_end {
-                self.queue.pop_front();
-            }
-        }
-        self.queued -= bytes;
+        let (chunks, frame_end) = self.queue.take(bytes);
         let fin = ends && self.queue.is_empty();
         self.fin_sent |= fin;
         let entry = Entry {
@@ -478,7 +391,7 @@ impl LaneSender {
     /// from now on; if any, ask all links of all lanes for what they may send. Call at
     /// [`LaneSender::next_wakeup`].
     pub fn tick(&mut self, links: &mut Links, now: Micros) -> Vec<LinkIndex> {
-        self.expire(now);
+        self.queue.expire(now);
         let mut news = Vec::new();
         for (index, flight) in (0u8..).zip(&self.flights) {
             let overdue = flight.flying.front().is_some_and(|front| front.due <= now);
@@ -497,7 +410,7 @@ impl LaneSender {
             .filter(|(index, _)| links.may_turn_suspect(LinkIndex(*index)))
             .filter_map(|(_, flight)| Some(flight.flying.front()?.due))
             .min();
-        earlier(due, self.deadline)
+        earlier(due, self.queue.deadline())
     }
 
     /// Copies of what is on its way on links that are not up alone, once one is up: they may
@@ -550,30 +463,9 @@ impl LaneSender {
         self.entries.get_mut(usize::try_from(at).ok()?)
     }
 
-    fn expire(&mut self, now: Micros) {
-        if self.deadline.is_none_or(|deadline| now < deadline) {
-            return;
-        }
-        let (mut next, mut dropped) = (None, 0);
-        let expired = &mut self.expired;
-        self.queue.retain(|frame| {
-            let keep = frame.begun || frame.deadline.is_none_or(|deadline| now < deadline);
-            if !keep {
-                expired.push(FrameNumber(frame.number));
-                dropped += frame.bytes();
-                self.expired_frames += 1;
-            } else if !frame.begun {
-                next = earlier(next, frame.deadline);
-            }
-            keep
-        });
-        self.queued -= dropped;
-        self.deadline = next;
-    }
-
     /// Frames dropped since last asked because their deadline passed: certainly not sent.
     pub fn expired(&mut self) -> Vec<FrameNumber> {
-        std::mem::take(&mut self.expired)
+        self.queue.expired()
     }
 
     /// Nobody wants the lane any more: forget all of it. Its streams are to be reset.
@@ -583,11 +475,9 @@ impl LaneSender {
             let bytes = flying.iter().map(|flying| flying.counts).sum();
             links.returned(LinkIndex(index), self.class, bytes, now);
         }
-        *self = Self {
-            finishing: true,
-            fin_sent: true,
-            ..Self::new(self.class, self.queue_bytes, self.window_bytes)
-        };
+        *self = Self::new(self.class, 0, self.window_bytes);
+        self.queue.finish();
+        self.fin_sent = true;
     }
 
     /// Whether everything and the lane's end was delivered (or the lane abandoned).
@@ -599,13 +489,19 @@ impl LaneSender {
     /// Bytes that wait to be handed out for the first time.
     #[must_use]
     pub fn queued_bytes(&self) -> u64 {
-        self.queued
+        self.queue.bytes()
     }
 
     /// Bytes handed out and not delivered.
     #[must_use]
     pub fn unacked_bytes(&self) -> u64 {
         self.offset - self.delivered
+    }
+
+    /// Segments handed out and not delivered.
+    #[cfg(test)]
+    pub(super) fn entries_held(&self) -> usize {
+        self.entries.len()
     }
 
     /// Bytes handed out again so far.
@@ -617,20 +513,13 @@ impl LaneSender {
     /// Frames dropped for their deadline so far.
     #[must_use]
     pub fn expired_frames(&self) -> u64 {
-        self.expired_frames
+        self.queue.expired_frames()
     }
 
     /// Whether this frame, if it has not expired, has begun to be handed out: its fate is
     /// the partner's word.
     #[must_use]
     pub fn is_handed_out(&self, frame: FrameNumber) -> bool {
-        frame.0 < self.handed_out
-    }
-}
-
-fn earlier(one: Option<Micros>, other: Option<Micros>) -> Option<Micros> {
-    match (one, other) {
-        (Some(one), Some(other)) => Some(one.min(other)),
-        (one, other) => one.or(other),
+        self.queue.is_handed_out(frame)
     }
 }

@@ -123,8 +123,9 @@ pub fn takes(link: LinkIndex, views: &LinkViews, segment: u64, backlog: u64) -> 
     here <= others_complete(link, views, backlog)
 }
 
+/// The least round trip, since the smoothed one holds our own queue a second time.
 fn completion(view: &LinkView, capacity: u64, bytes: u64) -> Micros {
-    span(view.in_flight.saturating_add(bytes), capacity).plus(Micros(view.rtt.0 / 2))
+    span(view.in_flight.saturating_add(bytes), capacity).plus(Micros(view.rtt_min.0 / 2))
 }
 
 /// When the usable links other than `link` would have completed `bytes` together: water
@@ -164,8 +165,11 @@ fn others_complete(link: LinkIndex, views: &LinkViews, bytes: u64) -> Micros {
 #[must_use]
 pub fn overdue_after(view: &LinkView) -> Micros {
     let capacity = view.capacity.unwrap_or(CAPACITY_PATIENT);
+    // The smoothed round trip holds our own queue; beyond that it tells of a path that has
+    // become longer, which is no reason for suspicion.
     let expected = span(view.in_flight, capacity)
-        .plus(view.rtt)
+        .plus(view.rtt_min)
+        .max(view.rtt)
         .plus(ACK_DELAY);
     Micros(expected.0.saturating_mul(OVERDUE_FACTOR)).max(OVERDUE_MIN)
 }
