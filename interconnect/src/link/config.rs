@@ -96,7 +96,10 @@ pub enum StartError {
         source: std::io::Error,
     },
     /// More links than lanes go over.
-    #[error("the pair with {peer} has {links} links, at most {} are used", crate::lane::LINKS_MAX)]
+    #[error(
+        "the pair with {peer} has {links} links, at most {} are used",
+        crate::lane::LINKS_MAX
+    )]
     TooManyLinks {
         /// The partner.
         peer: String,

@@ -465,7 +465,8 @@ impl Clock {
     }
 
     pub(super) async fn sleep_until(self, at: Micros) {
-        tokio::time::sleep_until((self.0 + at.into()).into()).await;
+        let at = self.0 + std::time::Duration::from(at);
+        tokio::time::sleep_until(at.into()).await;
     }
 }
 
@@ -488,6 +489,13 @@ pub(super) enum Started {
     Io(Arc<InLane>, mpsc::Sender<IoEvent>, mpsc::Receiver<IoEvent>),
     /// The lane is over.
     Over,
+}
+
+/// Whom to tell of a new lane.
+enum Told {
+    Nobody,
+    Epoch(mpsc::Receiver<Frame>),
+    Io(mpsc::Sender<IoEvent>, mpsc::Receiver<IoEvent>),
 }
 
 /// The receiving half of a session.
@@ -565,7 +573,10 @@ impl Incoming {
         }
         if let Some(lane) = table.open.get(&start.lane) {
             if lane.start != start {
-                return Err(format!("two streams say different things of lane {}", start.lane));
+                return Err(format!(
+                    "two streams say different things of lane {}",
+                    start.lane
+                ));
             }
             return Ok(Started::Known(Arc::clone(lane)));
         }
@@ -575,27 +586,20 @@ impl Incoming {
         if table.open.len() > LANES_MAX {
             return Err(format!("the partner has more than {LANES_MAX} lanes open"));
         }
-        let (sink, started): (Sink, Box<dyn FnOnce(Arc<InLane>) -> Started>) = match start.class {
+        let (sink, told) = match start.class {
             LaneClass::Io if start.answers != LaneId::CONTROL => {
                 let Some(events) = table.unanswered.remove(&start.answers) else {
                     return Ok(Started::Over);
                 };
-                (Sink::Io(events), Box::new(Started::Known))
+                (Sink::Io(events), Told::Nobody)
             }
             LaneClass::Io => {
                 let (tx, rx) = mpsc::channel(IO_EVENTS_MAX);
-                let own = tx.clone();
-                (
-                    Sink::Io(tx),
-                    Box::new(move |lane| Started::Io(lane, own, rx)),
-                )
+                (Sink::Io(tx.clone()), Told::Io(tx, rx))
             }
             LaneClass::Epoch | LaneClass::Control => {
                 let (tx, rx) = mpsc::channel(LANE_FRAMES_MAX);
-                (
-                    Sink::Epoch(tx),
-                    Box::new(move |lane| Started::Epoch(lane, rx)),
-                )
+                (Sink::Epoch(tx), Told::Epoch(rx))
             }
         };
         let lane = InLane::new(start, self.window_bytes, sink);
@@ -603,7 +607,11 @@ impl Incoming {
             lane.link_up(nudges);
         }
         table.open.insert(start.lane, Arc::clone(&lane));
-        Ok(started(lane))
+        Ok(match told {
+            Told::Nobody => Started::Known(lane),
+            Told::Epoch(rx) => Started::Epoch(lane, rx),
+            Told::Io(tx, rx) => Started::Io(lane, tx, rx),
+        })
     }
 
     /// The answers to this lane of our own go there.
@@ -642,6 +650,10 @@ impl Incoming {
     }
 
     pub(super) fn lane_stats(&self) -> Vec<LaneStats> {
-        lock(&self.table).open.values().map(|lane| lane.stats()).collect()
+        lock(&self.table)
+            .open
+            .values()
+            .map(|lane| lane.stats())
+            .collect()
     }
 }

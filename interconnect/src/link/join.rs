@@ -232,7 +232,10 @@ impl Shared {
                 Ok(())
             }
             JoinKind::Invalid | JoinKind::Joined | JoinKind::Unknown => {
-                let reason = format!("a Join of the kind {:?} from the side that dials", join.kind);
+                let reason = format!(
+                    "a Join of the kind {:?} from the side that dials",
+                    join.kind
+                );
                 Err(close(&connection, CODE_PROTOCOL, reason))
             }
         }

@@ -554,7 +554,11 @@ impl Shared {
         }
     }
 
-    async fn accept(self: &Arc<Self>, incoming: quinn::Incoming, link: usize) -> Result<(), Failed> {
+    async fn accept(
+        self: &Arc<Self>,
+        incoming: quinn::Incoming,
+        link: usize,
+    ) -> Result<(), Failed> {
         let from = incoming.remote_address();
         let late = || format!("{from} did not finish its handshake");
         let keys = self.keys();

@@ -25,7 +25,9 @@ impl Keys {
     /// changed the partner may have one of several; then both may try, and
     /// [`Keys::role`] settles it by the fingerprints actually shown.
     pub(super) fn may_dial(&self) -> bool {
-        self.pins.iter().any(|pin| self.identity.fingerprint() < *pin)
+        self.pins
+            .iter()
+            .any(|pin| self.identity.fingerprint() < *pin)
     }
 
     /// This side's role with the partner at the other end of an established connection.
@@ -38,7 +40,10 @@ impl Keys {
         }
     }
 
-    pub(super) fn client(&self, transport: &Arc<TransportConfig>) -> Result<quinn::ClientConfig, String> {
+    pub(super) fn client(
+        &self,
+        transport: &Arc<TransportConfig>,
+    ) -> Result<quinn::ClientConfig, String> {
         let client = self
             .identity
             .client_config(&self.pins)
@@ -49,7 +54,10 @@ impl Keys {
         Ok(client)
     }
 
-    pub(super) fn server(&self, transport: &Arc<TransportConfig>) -> Result<quinn::ServerConfig, String> {
+    pub(super) fn server(
+        &self,
+        transport: &Arc<TransportConfig>,
+    ) -> Result<quinn::ServerConfig, String> {
         let server = self
             .identity
             .server_config(&self.pins)

@@ -198,7 +198,8 @@ async fn read_control(session: &Arc<Session>, member: &Member, mut stream: RecvS
             Ok(taken) => {
                 ack_at = taken.ack_at;
                 if taken.over.is_some() {
-                    return session.broken("nobody listens to the interconnect's events".to_owned());
+                    return session
+                        .broken("nobody listens to the interconnect's events".to_owned());
                 }
                 if taken.deliver {
                     session.spawn_delivery(Arc::clone(lane));
@@ -286,7 +287,10 @@ async fn carry_stream(
             Ok(true) => {}
             // This connection has no more of it.
             Ok(false) => {
-                session.clock().wait(ack_at.or(Some(crate::lane::Micros(0)))).await;
+                session
+                    .clock()
+                    .wait(ack_at.or(Some(crate::lane::Micros(0))))
+                    .await;
                 lane.ack_now();
                 return if decoder.is_at_boundary() {
                     Ok(None)

@@ -258,6 +258,4 @@ impl Interconnect {
 }
 
 #[cfg(test)]
-mod recorded;
-#[cfg(test)]
 mod tests;

@@ -22,7 +22,7 @@ use super::stats::{LaneKind, LanePressure, LaneStats, LinkState};
 use crate::frame::Frame;
 use crate::ids::{Generation, VmId};
 use crate::lane::links::{LinkMeasure, Links};
-use crate::lane::send::{AckError, FrameNumber, LaneSender};
+use crate::lane::send::{AckError, FrameNumber, LaneSender, PushError as QueueError};
 use crate::lane::stripe::LinkHealth;
 use crate::lane::wire::{LaneAck, LaneStart, control_segment_head};
 use crate::lane::{LINKS_MAX, LaneClass, LaneId, LinkIndex, Micros};
@@ -169,12 +169,13 @@ impl Sending {
         }
         match notices.upgrade() {
             // Those that find no room are told at the next look.
-            Some(notices) => self
-                .untold
-                .retain(|ticket| match notices.try_send(IoEvent::Expired(*ticket)) {
-                    Ok(()) | Err(TrySendError::Closed(_)) => false,
-                    Err(TrySendError::Full(_)) => true,
-                }),
+            Some(notices) => {
+                self.untold
+                    .retain(|ticket| match notices.try_send(IoEvent::Expired(*ticket)) {
+                        Ok(()) | Err(TrySendError::Closed(_)) => false,
+                        Err(TrySendError::Full(_)) => true,
+                    })
+            }
             None => self.untold.clear(),
         }
     }
@@ -202,13 +203,9 @@ impl Core {
 /// What a writer finds.
 pub(super) enum Pull {
     /// Chunks to write; whether more waits.
-    Write {
-        more: bool,
-    },
+    Write { more: bool },
     /// Nothing for this link now; whether something waits all the same.
-    Wait {
-        more: bool,
-    },
+    Wait { more: bool },
     /// Everything was delivered, or nobody wants it.
     Over,
     /// Its connection is not the link's any more.
@@ -310,7 +307,9 @@ impl Outgoing {
         };
         let mut sender = LaneSender::new(class, queue_bytes, self.window_bytes);
         let members: Vec<Member> = core.members.iter().flatten().cloned().collect();
-        members.iter().for_each(|member| sender.link_up(member.link));
+        members
+            .iter()
+            .for_each(|member| sender.link_up(member.link));
         if !core.ended {
             core.lanes.insert(
                 lane.start.lane,
@@ -384,7 +383,11 @@ impl Outgoing {
         };
         // One segment decides at a time: the next may be better off elsewhere.
         let control = lane.start.class == LaneClass::Control;
-        let bytes_max = if alone || control { PULL_BYTES_ALONE } else { 1 };
+        let bytes_max = if alone || control {
+            PULL_BYTES_ALONE
+        } else {
+            1
+        };
         let mut bytes = 0;
         while bytes < bytes_max
             && let Some(segment) = sending.sender.next(member.link, links, now)
@@ -600,16 +603,14 @@ impl Outgoing {
                     lane.wake_all();
                     return Ok(number.0);
                 }
-                Err(full) if !wait => {
-                    let queued = usize::try_from(full.queued_bytes).unwrap_or(usize::MAX);
+                Err(QueueError::Full { queued_bytes }) if !wait => {
+                    let queued = usize::try_from(queued_bytes).unwrap_or(usize::MAX);
                     return Err(PushError::Full(queued));
                 }
-                Err(_) => {
-                    core = lane
-                        .room
-                        .wait(core)
-                        .unwrap_or_else(PoisonError::into_inner);
+                Err(QueueError::Full { .. }) => {
+                    core = lane.room.wait(core).unwrap_or_else(PoisonError::into_inner);
                 }
+                Err(_) => return Err(PushError::Closed),
             }
         }
     }
@@ -629,9 +630,8 @@ fn earlier(a: Option<Micros>, b: Option<Micros>) -> Option<Micros> {
 
 fn take_down(core: &mut Core, link: LinkIndex, now: Micros) {
     core.links.down(link, now);
-    let Core { links, lanes, .. } = core;
-    for sending in lanes.values_mut() {
-        sending.sender.link_down(link, links, now);
+    for sending in core.lanes.values_mut() {
+        sending.sender.link_down(link);
     }
 }
 

@@ -205,7 +205,14 @@ impl Session {
         let notices = tx.downgrade();
         drop(tx);
         let (vm, generation) = (lane.start.vm, lane.start.generation);
-        let handle = self.open(LaneClass::Io, vm, generation, lane.start.lane, 0, Some(notices));
+        let handle = self.open(
+            LaneClass::Io,
+            vm,
+            generation,
+            lane.start.lane,
+            0,
+            Some(notices),
+        );
         let event = LinkEvent::IoLane {
             vm,
             generation,
@@ -236,14 +243,9 @@ impl Session {
         queue_bytes: usize,
         notices: Option<mpsc::WeakSender<IoEvent>>,
     ) -> LaneHandle {
-        let (lane, members) = self.outgoing.open(
-            class,
-            vm,
-            generation,
-            answers,
-            queue_bytes as u64,
-            notices,
-        );
+        let (lane, members) =
+            self.outgoing
+                .open(class, vm, generation, answers, queue_bytes as u64, notices);
         for member in members {
             self.spawn_writer(Arc::clone(&lane), member);
         }
@@ -275,11 +277,7 @@ impl Session {
             self.stand(shared, &mut joined).await;
             shared.stands(None);
         }
-        let end = self.end.borrow().clone();
-        let End { code, reason } = end.unwrap_or(End {
-            code: CODE_PROTOCOL,
-            reason: "the session is over".to_owned(),
-        });
+        let End { code, reason } = ended(&mut self.end.subscribe()).await;
         joined.close();
         while let Ok(joined) = joined.try_recv() {
             let connection = joined.member.connection;
@@ -303,10 +301,7 @@ impl Session {
         let end = loop {
             tokio::select! {
                 biased;
-                end = over.wait_for(Option::is_some) => match end.map(|end| end.clone()) {
-                    Ok(Some(end)) => break end,
-                    _ => break End { code: CODE_PROTOCOL, reason: last_reason },
-                },
+                end = ended(&mut over) => break end,
                 Some(ended) = running.join_next(), if !running.is_empty() => {
                     // A task that panicked has said so; its connection ends by itself.
                     let Ok((member, reason, error)) = ended else { continue };
@@ -404,6 +399,18 @@ impl Session {
                 reason: reason.to_owned(),
             })
             .await;
+    }
+}
+
+/// Wait for the end of the session.
+async fn ended(end: &mut watch::Receiver<Option<End>>) -> End {
+    match end.wait_for(Option::is_some).await.as_deref() {
+        Ok(Some(end)) => end.clone(),
+        // The sender is in the session, which whoever asks holds on to.
+        _ => End {
+            code: CODE_PROTOCOL,
+            reason: "the session is gone".to_owned(),
+        },
     }
 }
 

@@ -1,5 +1,9 @@
 //! Pairs over real QUIC on loopback.
 
+mod links;
+mod recorded;
+mod relay;
+
 use super::*;
 use crate::codec::tests::noise;
 use crate::frame::FrameKind;
@@ -13,7 +17,7 @@ use tokio::runtime::Runtime;
 const PATIENCE: Duration = Duration::from_secs(30);
 const VM: VmId = VmId([5; 16]);
 
-pub(super) fn free_runtime() -> Runtime {
+fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -29,10 +33,10 @@ fn free_addr() -> SocketAddr {
         .unwrap()
 }
 
-pub(super) struct Side {
-    pub(super) identity: Arc<Identity>,
-    pub(super) name: &'static str,
-    pub(super) links: Vec<SocketAddr>,
+struct Side {
+    identity: Arc<Identity>,
+    name: &'static str,
+    links: Vec<SocketAddr>,
 }
 
 impl Side {
@@ -44,7 +48,7 @@ impl Side {
         }
     }
 
-    pub(super) fn config(&self, peer: &Side) -> PairConfig {
+    fn config(&self, peer: &Side) -> PairConfig {
         PairConfig {
             identity: Arc::clone(&self.identity),
             me: self.name.to_owned(),
@@ -65,8 +69,39 @@ impl Side {
     }
 }
 
+/// A bare QUIC endpoint with a side's identity.
+struct Raw {
+    endpoint: quinn::Endpoint,
+    client: quinn::ClientConfig,
+}
+
+impl Raw {
+    async fn connect(&self, to: SocketAddr) -> quinn::Connection {
+        self.endpoint
+            .connect_with(self.client.clone(), to, "pollux")
+            .unwrap()
+            .await
+            .unwrap()
+    }
+}
+
+impl Side {
+    /// On the side's first link.
+    fn raw_endpoint(&self, peer: &Side, runtime: &Runtime) -> Raw {
+        let _entered = runtime.enter();
+        let config = self.config(peer);
+        let keys = Keys {
+            identity: Arc::clone(&self.identity),
+            pins: vec![peer.identity.fingerprint()],
+        };
+        let (endpoint, transport) = transport::endpoint(&config, &keys, 0).unwrap();
+        let client = keys.client(&transport).unwrap();
+        Raw { endpoint, client }
+    }
+}
+
 /// Two sides; the first dials.
-pub(super) fn sides(links: usize) -> (Side, Side) {
+fn sides(links: usize) -> (Side, Side) {
     let (a, b) = (Side::new("castor", links), Side::new("pollux", links));
     if a.identity.fingerprint() < b.identity.fingerprint() {
         (a, b)
@@ -91,11 +126,30 @@ fn start(config: PairConfig, runtime: &Runtime) -> Running {
 }
 
 impl Running {
-    fn next(&mut self) -> LinkEvent {
+    /// The next event, whatever it is.
+    fn any(&mut self) -> LinkEvent {
         self.runtime
             .block_on(async { tokio::time::timeout(PATIENCE, self.events.recv()).await })
             .expect("an event in time")
             .expect("events go on")
+    }
+
+    /// The next event about more than a single link.
+    fn next(&mut self) -> LinkEvent {
+        loop {
+            match self.any() {
+                LinkEvent::LinkUp { .. } | LinkEvent::LinkDown { .. } => {}
+                event => return event,
+            }
+        }
+    }
+
+    fn control_frame(&mut self) -> Frame {
+        loop {
+            if let LinkEvent::Control { frame, .. } = self.next() {
+                return frame;
+            }
+        }
     }
 
     fn up(&mut self) -> (SessionId, Hello) {
@@ -122,9 +176,14 @@ impl Running {
     }
 
     fn lane(&mut self) -> mpsc::Receiver<Frame> {
+        self.lane_of(VM)
+    }
+
+    fn lane_of(&mut self, of: VmId) -> mpsc::Receiver<Frame> {
         loop {
-            if let LinkEvent::EpochLane { rx, vm: VM, .. } = self.next() {
-                return rx;
+            match self.next() {
+                LinkEvent::EpochLane { rx, vm, .. } if vm == of => return rx,
+                _ => {}
             }
         }
     }
@@ -142,7 +201,7 @@ fn frame(kind: FrameKind, epoch: u64, payload: Vec<u8>) -> Frame {
 
 #[test]
 fn frames_cross_in_both_directions_and_in_order() {
-    let runtime = free_runtime();
+    let runtime = runtime();
     let (a, b) = sides(1);
     let (mut one, mut two) = (start(a.config(&b), &runtime), start(b.config(&a), &runtime));
     assert_eq!(one.up().1.host, b.name);
@@ -193,7 +252,7 @@ fn frames_cross_in_both_directions_and_in_order() {
 
 #[test]
 fn acknowledgements_can_go_straight_to_their_taker() {
-    let runtime = free_runtime();
+    let runtime = runtime();
     let (a, b) = sides(1);
     let (tx, rx) = std::sync::mpsc::channel();
     let config = PairConfig {
@@ -214,7 +273,7 @@ fn a_wrong_identity_is_refused_naming_both_fingerprints() {
     for (dialler_is_wrong, roles_stay) in
         [(true, true), (false, true), (true, false), (false, false)]
     {
-        let runtime = free_runtime();
+        let runtime = runtime();
         let (a, b) = sides(1);
         let other: Fingerprint = loop {
             let other = Identity::generate().unwrap().fingerprint();
@@ -253,7 +312,7 @@ fn a_wrong_identity_is_refused_naming_both_fingerprints() {
 
 #[test]
 fn a_peer_with_another_name_is_refused() {
-    let runtime = free_runtime();
+    let runtime = runtime();
     let (a, b) = sides(1);
     let config = PairConfig {
         me: "stranger".to_owned(),
@@ -274,10 +333,10 @@ fn a_restarted_peer_is_connected_again() {
     for dialler_restarts in [true, false] {
         let (a, b) = sides(1);
         let (stays, restarts) = if dialler_restarts { (&b, &a) } else { (&a, &b) };
-        let runtime_stays = free_runtime();
+        let runtime_stays = runtime();
         let mut one = start(stays.config(restarts), &runtime_stays);
         {
-            let runtime = free_runtime();
+            let runtime = runtime();
             let mut two = start(restarts.config(stays), &runtime);
             two.up();
             one.up();
@@ -290,7 +349,7 @@ fn a_restarted_peer_is_connected_again() {
             {}
             assert!(!lane.is_open());
         }
-        let runtime = free_runtime();
+        let runtime = runtime();
         let mut two = start(restarts.config(stays), &runtime);
         two.up();
         assert_eq!(one.up().0, SessionId(2));
@@ -303,7 +362,7 @@ fn a_restarted_peer_is_connected_again() {
 
 #[test]
 fn a_dead_first_link_is_passed_over() {
-    let runtime = free_runtime();
+    let runtime = runtime();
     let (mut a, b) = sides(2);
     let config_b = b.config(&a);
     // The dialler's first link leads to a socket that never answers.
@@ -330,7 +389,7 @@ fn a_dead_first_link_is_passed_over() {
 fn bulk_goes_in_the_largest_packets_and_none_vanish() {
     // Loopback takes any size, so packets are as large as the settings allow. A burst
     // too large for the kernel would vanish, and packets become small after a few.
-    let runtime = free_runtime();
+    let runtime = runtime();
     let (a, b) = sides(1);
     let (mut one, mut two) = (start(a.config(&b), &runtime), start(b.config(&a), &runtime));
     one.up();
@@ -355,7 +414,7 @@ fn bulk_goes_in_the_largest_packets_and_none_vanish() {
 
 #[test]
 fn a_standby_that_does_not_read_stops_the_sender_at_its_bounds() {
-    let runtime = free_runtime();
+    let runtime = runtime();
     let (a, b) = sides(1);
     let mut config = a.config(&b);
     config.settings.lane_queue_bytes = 1 << 20;
@@ -407,7 +466,7 @@ fn a_standby_that_does_not_read_stops_the_sender_at_its_bounds() {
 
 #[test]
 fn frames_on_the_wrong_lane_or_too_big_are_refused_at_the_sender() {
-    let runtime = free_runtime();
+    let runtime = runtime();
     let (a, b) = sides(1);
     let (mut one, mut two) = (start(a.config(&b), &runtime), start(b.config(&a), &runtime));
     one.up();
@@ -435,7 +494,7 @@ fn frames_on_the_wrong_lane_or_too_big_are_refused_at_the_sender() {
 
 #[test]
 fn a_dropped_session_is_made_anew_and_a_closed_side_says_so() {
-    let runtime = free_runtime();
+    let runtime = runtime();
     let (a, b) = sides(1);
     let (mut one, mut two) = (start(a.config(&b), &runtime), start(b.config(&a), &runtime));
     let (first, _) = one.up();
@@ -457,7 +516,7 @@ fn a_dropped_session_is_made_anew_and_a_closed_side_says_so() {
 
 #[test]
 fn configurations_that_cannot_work_are_refused() {
-    let runtime = free_runtime();
+    let runtime = runtime();
     let (a, b) = sides(1);
     let start = |config| Interconnect::start(config, runtime.handle().clone()).map(|_| ());
     let mut none = a.config(&b);
