@@ -178,7 +178,8 @@ impl std::fmt::Debug for Interconnect {
 }
 
 impl Interconnect {
-    /// Bind all links and keep a session with the partner for ever.
+    /// Bind all links and keep a session with the partner for ever, on a thread of its own;
+    /// `runtime` is the caller's.
     ///
     /// # Errors
     /// [`StartError`].
@@ -196,6 +197,9 @@ impl Interconnect {
                 fingerprint,
             });
         }
+        // The tasks of a pair share one thread, not the caller's (`drivers`).
+        drop(runtime);
+        let (runtime, thread) = drivers::own_thread(&config.peer).map_err(StartError::Thread)?;
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let entered = runtime.enter();
         let mut endpoints = Vec::with_capacity(config.links.len());
@@ -208,7 +212,7 @@ impl Interconnect {
             .zip(&config.links)
             .map(|((endpoint, _), link)| endpoint.local_addr().unwrap_or(link.local))
             .collect();
-        let shared = Shared::new(config, events, runtime);
+        let shared = Shared::new(config, events, runtime, thread);
         keeper::keep(&shared, endpoints);
         Ok((
             Self {
