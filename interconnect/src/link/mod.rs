@@ -178,8 +178,8 @@ impl std::fmt::Debug for Interconnect {
 }
 
 impl Interconnect {
-    /// Bind all links and keep a session with the partner for ever, on a thread of its own;
-    /// `runtime` is the caller's.
+    /// Bind all links and keep a session with the partner for ever, on a thread of its own
+    /// that ends with the last task, or with `runtime`.
     ///
     /// # Errors
     /// [`StartError`].
@@ -198,8 +198,8 @@ impl Interconnect {
             });
         }
         // The tasks of a pair share one thread, not the caller's (`drivers`).
-        drop(runtime);
-        let (runtime, thread) = drivers::own_thread(&config.peer).map_err(StartError::Thread)?;
+        let own = drivers::own_thread(&config.peer, &runtime);
+        let (runtime, thread) = own.map_err(StartError::Thread)?;
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let entered = runtime.enter();
         let mut endpoints = Vec::with_capacity(config.links.len());
