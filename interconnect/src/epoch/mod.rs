@@ -21,3 +21,11 @@ pub use assembler::{EpochAssembler, EpochError, EpochLimits};
 pub use meta::{AuditSums, EpochMeta};
 pub use received::ReceivedEpoch;
 pub use writer::{EpochWriter, WriteError, ingress_frames};
+
+/// Decode an epoch's end of any content; what decodes comes back as it was.
+pub(crate) fn fuzz_end(data: &[u8]) {
+    if let Ok((totals, meta)) = meta::decode_end(data) {
+        let again = meta::encode_end(&totals, &meta).expect("what was decoded can be encoded");
+        assert_eq!(meta::decode_end(&again), Ok((totals, meta)));
+    }
+}

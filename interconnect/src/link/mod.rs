@@ -317,5 +317,10 @@ impl Interconnect {
     }
 }
 
+/// Read a Hello of any content.
+pub(crate) fn fuzz_hello(data: &[u8]) {
+    hello::fuzz(data);
+}
+
 #[cfg(test)]
 mod tests;
