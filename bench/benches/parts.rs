@@ -9,7 +9,8 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use criterion::{BatchSize, Criterion, Throughput};
 use interconnect::codec::{
-    CompressMode, PAGE_BYTES, Page, PageEncoder, decode_delta, decode_pages, encode_delta,
+    CodecChoice, EncodePolicy, PAGE_BYTES, Page, PageEncoder, decode_delta, decode_pages,
+    encode_delta,
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use pollux::interpose::disk::{Disk, DiskOptions, DiskServer, Mode, create_sparse, nbd};
@@ -84,11 +85,8 @@ fn pages(c: &mut Criterion) {
     let pages = dirty_pages();
     let mut group = c.benchmark_group("pages");
     group.throughput(Throughput::Elements(PAGES as u64));
-    for (name, mode) in [
-        ("packed", CompressMode::Adaptive),
-        ("raw", CompressMode::Raw),
-    ] {
-        let mut encoder = PageEncoder::new(mode);
+    for (name, mode) in [("packed", CodecChoice::Zstd), ("raw", CodecChoice::Raw)] {
+        let mut encoder = PageEncoder::new(EncodePolicy::v1(mode));
         let mut encode = || {
             let mut out = BytesMut::new();
             let mut numbered = (0..).zip(&pages);

@@ -17,7 +17,7 @@
 //! ```
 
 use super::cursor::{Cursor, cap};
-use super::{CodecError, CompressMode, pack};
+use super::{Codec, CodecError, pack};
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// Most writes in one batch: with the smallest writes (512 bytes) half a MiB.
@@ -115,7 +115,7 @@ pub fn split_write(write: &DiskWrite) -> impl Iterator<Item = DiskWrite> {
 /// data ([`split_write`] it before).
 pub fn encode_disk_writes(
     writes: &[DiskWrite],
-    mode: CompressMode,
+    codec: Codec,
     out: &mut BytesMut,
 ) -> Result<usize, CodecError> {
     let mut taken = 0;
@@ -138,7 +138,7 @@ pub fn encode_disk_writes(
         body.extend_from_slice(write.data());
     }
     let mut packed = Vec::new();
-    let encoding = if mode == CompressMode::Adaptive
+    let encoding = if codec != Codec::Raw
         && !body.is_empty()
         && pack::looks_compressible(&body)
         && pack::compress(&body, &mut packed)

@@ -9,9 +9,11 @@ pub mod delta;
 pub mod disk;
 pub mod packets;
 pub mod pages;
+pub mod patch;
+pub mod policy;
 
 pub(crate) mod cursor;
-mod pack;
+pub mod pack;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -19,17 +21,8 @@ pub use delta::{DEVICE_STATE_BYTES_MAX, decode_delta, encode_delta};
 pub use disk::{DiskOp, DiskWrite, decode_disk_writes, encode_disk_writes};
 pub use packets::{decode_packets, encode_packets};
 pub use pages::{PAGE_BYTES, Page, PageContent, PageEncoder, decode_pages};
-
-/// How much work the sender puts into making content smaller.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CompressMode {
-    /// Zero pages are elided, all else goes raw: for links faster than a core compresses.
-    Raw,
-    /// What looks compressible is compressed, fast; the rest goes raw.
-    #[default]
-    Adaptive,
-}
+pub use patch::PagePatch;
+pub use policy::{Codec, CodecChoice, CodecVersion, EncodePolicy, EncodeStats, LinkFacts, Why};
 
 /// A payload that is not what its frame says, or content that cannot be encoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -92,8 +85,18 @@ pub enum CodecError {
     Compression {
         /// Which part.
         what: &'static str,
-        /// What zstd said.
+        /// What the decompressor said.
         reason: &'static str,
+    },
+    /// A page patch whose outcome is not the sender's page: its base is another one.
+    #[error(
+        "a page patch gives a page of XXH3 {found:016x}, expected {expected:016x}: the standby's memory is not what the primary takes it for, drop the standby and seed anew"
+    )]
+    PatchBase {
+        /// The sender's page.
+        expected: u64,
+        /// What came out.
+        found: u64,
     },
     /// A delta against a state this side does not hold.
     #[error(

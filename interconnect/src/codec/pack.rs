@@ -11,6 +11,11 @@ use zstd::bulk::{Compressor, Decompressor};
 /// higher ones is lost in the time until the standby can acknowledge.
 const LEVEL: i32 = -1;
 
+/// Level of [`Codec::ZstdFast`](super::Codec::ZstdFast).
+pub const ZSTD_FAST_LEVEL: i32 = 1;
+/// Level of [`Codec::ZstdSmall`](super::Codec::ZstdSmall).
+pub const ZSTD_SMALL_LEVEL: i32 = 3;
+
 /// Bytes looked at to guess whether content compresses.
 const SAMPLE_BYTES: usize = 256;
 /// Distinct values in the sample at or above which content goes raw. Of 256 bytes

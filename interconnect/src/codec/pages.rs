@@ -18,7 +18,7 @@
 //! Class 4 is kept for deltas against the page's last sent content.
 
 use super::cursor::{Cursor, cap};
-use super::{CodecError, CompressMode, pack};
+use super::{CodecChoice, CodecError, EncodePolicy, PagePatch, pack};
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// Size of a page, in bytes.
@@ -49,6 +49,9 @@ pub enum PageContent<'a> {
     Zero,
     /// These bytes.
     Raw(&'a Page),
+    /// The content the page has by now, changed by this. Good only in order, see
+    /// [`PagePatch`].
+    Patch(PagePatch<'a>),
 }
 
 /// How the pages of a batch were sent.
@@ -67,7 +70,7 @@ pub struct BatchStats {
 /// Encoder of page batches; holds its buffers, so keep it.
 #[derive(Debug)]
 pub struct PageEncoder {
-    mode: CompressMode,
+    policy: EncodePolicy,
     /// Index and class of each page of the batch.
     entries: Vec<u64>,
     /// Content of the pages to pack.
@@ -84,9 +87,9 @@ fn is_zero(page: &Page) -> bool {
 impl PageEncoder {
     /// An encoder.
     #[must_use]
-    pub fn new(mode: CompressMode) -> Self {
+    pub fn new(policy: EncodePolicy) -> Self {
         Self {
-            mode,
+            policy,
             entries: Vec::new(),
             plain: Vec::new(),
             packed: Vec::new(),
@@ -119,7 +122,7 @@ impl PageEncoder {
             let class = if is_zero(page) {
                 stats.zero += 1;
                 CLASS_ZERO
-            } else if self.mode == CompressMode::Adaptive && pack::looks_compressible(page) {
+            } else if self.policy.codec != CodecChoice::Raw && pack::looks_compressible(page) {
                 stats.packed += 1;
                 self.plain.extend_from_slice(page);
                 CLASS_PACKED

@@ -33,8 +33,8 @@ fn page(kind: u8, seed: u64) -> Box<Page> {
     page
 }
 
-fn encode_all(pages: &[(u64, Box<Page>)], mode: CompressMode) -> Vec<Bytes> {
-    let mut encoder = PageEncoder::new(mode);
+fn encode_all(pages: &[(u64, Box<Page>)], mode: CodecChoice) -> Vec<Bytes> {
+    let mut encoder = PageEncoder::new(EncodePolicy::v1(mode));
     let mut iter = pages.iter().map(|(index, page)| (*index, &**page));
     let mut batches = Vec::new();
     loop {
@@ -58,6 +58,7 @@ fn decode_all(batches: &[Bytes], guest_pages: u64) -> Result<Vec<(u64, Box<Page>
                 Box::new(match content {
                     PageContent::Zero => [0; PAGE_BYTES],
                     PageContent::Raw(page) => *page,
+                    PageContent::Patch(_) => panic!("a patch without a base"),
                 }),
             ));
         })?;
@@ -71,7 +72,7 @@ fn page_classes_are_chosen_by_content() {
         .map(|kind| (u64::from(kind), page(kind, 99)))
         .collect();
     let mut out = BytesMut::new();
-    let stats = PageEncoder::new(CompressMode::Adaptive)
+    let stats = PageEncoder::new(EncodePolicy::v1(CodecChoice::Zstd))
         .encode(&mut pages.iter().map(|(i, p)| (*i, &**p)), &mut out)
         .unwrap()
         .unwrap();
@@ -82,14 +83,14 @@ fn page_classes_are_chosen_by_content() {
 #[test]
 fn many_pages_make_many_batches() {
     let pages: Vec<_> = (0..700).map(|i| (i, page((i % 4) as u8, i))).collect();
-    let batches = encode_all(&pages, CompressMode::Adaptive);
+    let batches = encode_all(&pages, CodecChoice::Zstd);
     assert_eq!(batches.len(), 700usize.div_ceil(BATCH_PAGES_MAX));
     assert_eq!(decode_all(&batches, 700).unwrap(), pages);
 }
 
 #[test]
 fn page_index_is_checked_against_the_guest() {
-    let batches = encode_all(&[(9, page(3, 1)), (10, page(0, 1))], CompressMode::Raw);
+    let batches = encode_all(&[(9, page(3, 1)), (10, page(0, 1))], CodecChoice::Raw);
     assert!(decode_all(&batches, 11).is_ok());
     assert_eq!(
         decode_all(&batches, 10).unwrap_err(),
@@ -101,7 +102,7 @@ fn page_index_is_checked_against_the_guest() {
     let mut out = BytesMut::new();
     let zero = [0; PAGE_BYTES];
     assert!(
-        PageEncoder::new(CompressMode::Raw)
+        PageEncoder::new(EncodePolicy::v1(CodecChoice::Raw))
             .encode(&mut [(PAGE_INDEX_END, &zero)].into_iter(), &mut out)
             .is_err()
     );
@@ -111,8 +112,7 @@ fn page_index_is_checked_against_the_guest() {
 #[test]
 fn packed_size_is_what_the_classes_say() {
     // Two packed pages; claim that one of them is zero: the zstd frame is too long.
-    let mut batch =
-        encode_all(&[(0, page(2, 1)), (1, page(2, 2))], CompressMode::Adaptive)[0].to_vec();
+    let mut batch = encode_all(&[(0, page(2, 1)), (1, page(2, 2))], CodecChoice::Zstd)[0].to_vec();
     batch[8] = 1;
     assert!(matches!(
         decode_all(&[Bytes::from(batch)], 2).unwrap_err(),
@@ -147,7 +147,7 @@ fn arb_write() -> impl Strategy<Value = DiskWrite> {
     )
 }
 
-fn encode_writes(mut writes: &[DiskWrite], mode: CompressMode) -> Vec<Bytes> {
+fn encode_writes(mut writes: &[DiskWrite], mode: Codec) -> Vec<Bytes> {
     let mut batches = Vec::new();
     while !writes.is_empty() {
         let mut out = BytesMut::new();
@@ -174,7 +174,7 @@ fn damage(bytes: &[u8], at: usize, kind: u8) -> Bytes {
 proptest! {
     #[test]
     fn pages_round_trip(pages in arb_pages(), raw in any::<bool>()) {
-        let mode = if raw { CompressMode::Raw } else { CompressMode::Adaptive };
+        let mode = if raw { CodecChoice::Raw } else { CodecChoice::Zstd };
         prop_assert_eq!(decode_all(&encode_all(&pages, mode), 1000).unwrap(), pages);
     }
 
@@ -182,7 +182,7 @@ proptest! {
     fn damaged_pages_never_panic_nor_leave_the_guest(
         pages in arb_pages(), at in any::<usize>(), kind in any::<u8>(),
     ) {
-        for batch in encode_all(&pages, CompressMode::Adaptive) {
+        for batch in encode_all(&pages, CodecChoice::Zstd) {
             let result = decode_all(&[damage(&batch, at, kind)], 1000);
             if kind % 3 != 0 {
                 prop_assert!(result.is_err());
@@ -195,7 +195,7 @@ proptest! {
 
     #[test]
     fn writes_round_trip(writes in prop::collection::vec(arb_write(), 0..20), raw in any::<bool>()) {
-        let mode = if raw { CompressMode::Raw } else { CompressMode::Adaptive };
+        let mode = if raw { Codec::Raw } else { Codec::ZstdFast };
         let mut back = Vec::new();
         for batch in encode_writes(&writes, mode) {
             back.extend(decode_disk_writes(&batch, &[6000, 6000]).unwrap());
@@ -207,7 +207,7 @@ proptest! {
     fn damaged_writes_never_panic_nor_leave_the_disk(
         writes in prop::collection::vec(arb_write(), 1..20), at in any::<usize>(), kind in any::<u8>(),
     ) {
-        for batch in encode_writes(&writes, CompressMode::Adaptive) {
+        for batch in encode_writes(&writes, Codec::ZstdFast) {
             for write in decode_disk_writes(&damage(&batch, at, kind), &[6000, 6000]).unwrap_or_default() {
                 prop_assert!(write.disk < 2 && write.offset + write.length() <= 6000);
             }
@@ -308,7 +308,7 @@ fn disk_ranges_are_checked() {
         (write(1, 0, 1), false),
         (write(0, u64::MAX, 2), false),
     ] {
-        let batch = &encode_writes(std::slice::from_ref(&write), CompressMode::Raw)[0];
+        let batch = &encode_writes(std::slice::from_ref(&write), Codec::Raw)[0];
         assert_eq!(decode_disk_writes(batch, &[100]).is_ok(), good, "{write:?}");
     }
 }
@@ -323,13 +323,13 @@ fn a_big_write_is_split() {
     };
     let mut out = BytesMut::new();
     assert!(matches!(
-        encode_disk_writes(std::slice::from_ref(&write), CompressMode::Raw, &mut out),
+        encode_disk_writes(std::slice::from_ref(&write), Codec::Raw, &mut out),
         Err(CodecError::TooBig { .. })
     ));
     let pieces: Vec<_> = split_write(&write).collect();
     assert_eq!(pieces.len(), 3);
     let mut back = Vec::new();
-    for batch in encode_writes(&pieces, CompressMode::Adaptive) {
+    for batch in encode_writes(&pieces, Codec::ZstdFast) {
         assert!(batch.len() <= BATCH_BODY_BYTES_MAX + 100);
         for write in decode_disk_writes(&batch, &[1 << 30]).unwrap() {
             assert_eq!(write.offset, 4096 + back.len() as u64);

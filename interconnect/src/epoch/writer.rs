@@ -8,8 +8,8 @@ use super::meta::{Totals, encode_end};
 use crate::codec::disk::{DISK_WRITE_BYTES_MAX, split_write};
 use crate::codec::pages::{BATCH_BYTES_MAX, BATCH_PAGES_MAX};
 use crate::codec::{
-    CodecError, CompressMode, DiskWrite, Page, PageEncoder, encode_delta, encode_disk_writes,
-    encode_packets,
+    Codec, CodecChoice, CodecError, DiskWrite, EncodePolicy, EncodeStats, LinkFacts, Page,
+    PageEncoder, encode_delta, encode_disk_writes, encode_packets,
 };
 use crate::frame::{Frame, FrameError, FrameKind};
 use crate::ids::{Epoch, Generation, VmId};
@@ -90,7 +90,7 @@ enum Phase {
 pub struct EpochWriter {
     vm: VmId,
     generation: Generation,
-    mode: CompressMode,
+    policy: EncodePolicy,
     encoder: PageEncoder,
     phase: Phase,
     epoch: Epoch,
@@ -100,6 +100,7 @@ pub struct EpochWriter {
     base: Option<Bytes>,
     /// Device state of the epoch being written.
     state: Option<Bytes>,
+    stats: EncodeStats,
 }
 
 impl std::fmt::Debug for EpochWriter {
@@ -115,12 +116,13 @@ impl std::fmt::Debug for EpochWriter {
 impl EpochWriter {
     /// A writer for a fresh lane.
     #[must_use]
-    pub fn new(vm: VmId, generation: Generation, mode: CompressMode) -> Self {
+    pub fn new(vm: VmId, generation: Generation, policy: EncodePolicy) -> Self {
         Self {
             vm,
             generation,
-            mode,
-            encoder: PageEncoder::new(mode),
+            policy,
+            encoder: PageEncoder::new(policy),
+            stats: EncodeStats::default(),
             phase: Phase::Idle,
             epoch: Epoch(0),
             digest: Context::new(&SHA256),
@@ -130,13 +132,20 @@ impl EpochWriter {
         }
     }
 
-    /// Start the frames of `epoch`; drops an unfinished one.
-    pub fn begin(&mut self, epoch: Epoch) {
+    /// Start the frames of `epoch`; drops an unfinished one. `link` is what is known of
+    /// the link by now.
+    pub fn begin(&mut self, epoch: Epoch, _link: LinkFacts) {
         self.epoch = epoch;
         self.phase = Phase::Content;
         self.digest = Context::new(&SHA256);
         self.totals = Totals::default();
         self.state = None;
+    }
+
+    /// What encoding the epoch begun last took and gave, so far.
+    #[must_use]
+    pub fn stats(&self) -> &EncodeStats {
+        &self.stats
     }
 
     fn want<E>(&self, phase: Phase, what: &'static str) -> Result<(), WriteError<E>> {
@@ -217,7 +226,15 @@ impl EpochWriter {
         let mut rest = &writes[..];
         while !rest.is_empty() {
             let mut out = BytesMut::new();
-            let taken = encode_disk_writes(rest, self.mode, &mut out)?;
+            let taken = encode_disk_writes(
+                rest,
+                if self.policy.codec == CodecChoice::Raw {
+                    Codec::Raw
+                } else {
+                    Codec::ZstdFast
+                },
+                &mut out,
+            )?;
             rest = &rest[taken..];
             self.totals.disk_writes += taken as u64;
             self.emit(FrameKind::DiskWrites, out.freeze(), send)?;

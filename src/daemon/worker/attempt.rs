@@ -11,7 +11,7 @@ use crate::interpose::checkpoint::{CutTimings, capture_blocks_prefix};
 use crate::interpose::memory::{Staging, Tracker};
 use crate::mirror::PrimaryInput;
 use crate::pool::{Epoch, Generation, HostName};
-use interconnect::codec::CompressMode;
+use interconnect::codec::{CodecChoice, CodecVersion, EncodePolicy};
 use interconnect::frame::{Frame, FrameKind, PAYLOAD_BYTES_MAX};
 use interconnect::link::EpochLane;
 use std::collections::VecDeque;
@@ -136,16 +136,27 @@ impl PrimarySide {
         }
     }
 
-    fn mode(&self) -> CompressMode {
-        if self.config.spec.mirror.compress {
-            CompressMode::Adaptive
+    /// How this attempt's content is encoded.
+    fn policy(&self) -> Result<EncodePolicy, String> {
+        let attempt = self
+            .attempt
+            .as_ref()
+            .ok_or("there is no attempt to mirror")?;
+        let codec = if self.config.spec.mirror.compress {
+            CodecChoice::Auto
         } else {
-            CompressMode::Raw
-        }
+            CodecChoice::Raw
+        };
+        let version = attempt.peer.interconnect.stats().version;
+        Ok(EncodePolicy::for_guest(
+            self.config.spec.memory.get(),
+            codec,
+            CodecVersion::of_protocol(version),
+        ))
     }
 
     fn try_begin_seeding(&mut self) -> Result<(), String> {
-        let mode = self.mode();
+        let policy = self.policy()?;
         let spec = Arc::clone(&self.config.spec);
         let attempt = self
             .attempt
@@ -198,7 +209,7 @@ impl PrimarySide {
             tracker,
             lane,
             disks: self.parts.disks.clone(),
-            mode,
+            policy,
             audit: spec.mirror.audit,
             abort: Arc::clone(&attempt.abort),
         };
@@ -207,7 +218,7 @@ impl PrimarySide {
 
     /// The seeder has ended: take the tracker back, start the sender.
     pub(super) fn seeded(&mut self, seeded: Seeded) -> Option<PrimaryInput> {
-        let mode = self.mode();
+        let policy = self.policy();
         let attempt = self
             .attempt
             .as_mut()
@@ -217,6 +228,10 @@ impl PrimarySide {
         if let Err(reason) = seeded.result {
             return Some(PrimaryInput::SeedingFailed { reason });
         }
+        let policy = match policy {
+            Ok(policy) => policy,
+            Err(reason) => return Some(PrimaryInput::SeedingFailed { reason }),
+        };
         let lane = attempt.lane.clone()?;
         self.parts
             .ingress
@@ -224,7 +239,7 @@ impl PrimarySide {
         let sender = sender::start(SenderConfig {
             vm: self.config.spec.uuid,
             generation: attempt.generation,
-            mode,
+            policy,
             lane,
             disks: self.parts.disks.clone(),
             audit: seeded.audit,

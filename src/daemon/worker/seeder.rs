@@ -11,7 +11,9 @@ use crate::interpose::disk::{Disk, DiskWrite, WriteData};
 use crate::interpose::memory::{Page, SeedLimits, Tracker, seed};
 use crate::pool::{Epoch, Generation, VmId};
 use bytes::{Bytes, BytesMut};
-use interconnect::codec::{CompressMode, PageEncoder, encode_disk_writes, pages::BATCH_PAGES_MAX};
+use interconnect::codec::{
+    Codec, EncodePolicy, PageEncoder, encode_disk_writes, pages::BATCH_PAGES_MAX,
+};
 use interconnect::frame::{Frame, FrameKind};
 use interconnect::link::EpochLane;
 use std::ops::Range;
@@ -41,7 +43,7 @@ pub struct SeedJob {
     /// The VM's disks, dirty tracking begun.
     pub disks: Vec<Arc<Disk>>,
     /// How pages are packed.
-    pub mode: CompressMode,
+    pub policy: EncodePolicy,
     /// Whether to keep an audit.
     pub audit: bool,
     /// Set to give up.
@@ -155,7 +157,7 @@ impl Seeder {
             while !rest.is_empty() {
                 let mut out = BytesMut::new();
                 let taken =
-                    encode_disk_writes(rest, self.job.mode, &mut out).map_err(|e| e.to_string())?;
+                    encode_disk_writes(rest, Codec::Raw, &mut out).map_err(|e| e.to_string())?;
                 rest = &rest[taken..];
                 self.put(FrameKind::SeedDisk, out.freeze())?;
             }
@@ -186,7 +188,7 @@ impl Seeder {
             small_pages: SMALL_PAGES,
         };
         let mut batch: Vec<(u64, Page)> = Vec::with_capacity(BATCH_PAGES_MAX);
-        let mut encoder = PageEncoder::new(self.job.mode);
+        let mut encoder = PageEncoder::new(self.job.policy);
         let (vm, generation, lane) = (self.job.vm, self.job.generation, Arc::clone(&self.job.lane));
         let mut flush = |batch: &mut Vec<(u64, Page)>| -> Result<(), String> {
             let mut pages = batch.iter().map(|(index, page)| (*index, page)).peekable();

@@ -10,7 +10,7 @@ use crate::interpose::disk::{Disk, DiskWrite, WriteData};
 use crate::interpose::memory::{PAGE_SIZE, Page, Staging};
 use crate::pool::{Epoch, Generation, VmId};
 use bytes::Bytes;
-use interconnect::codec::{self, CompressMode, DiskOp};
+use interconnect::codec::{self, DiskOp, EncodePolicy, EncodeStats, LinkFacts};
 use interconnect::epoch::{AuditSums, EpochMeta, EpochWriter, WriteError, ingress_frames};
 use interconnect::frame::Frame;
 use interconnect::link::{EpochLane, SendError};
@@ -52,6 +52,8 @@ pub struct SentEpoch {
     pub staging: Staging,
     /// Bytes of its frames, or why it was not sent.
     pub result: Result<u64, String>,
+    /// What encoding it took and gave.
+    pub stats: EncodeStats,
 }
 
 /// Sums over everything sent so far; None where an audit is not wanted or not possible.
@@ -138,7 +140,7 @@ pub struct SenderConfig {
     /// The attempt.
     pub generation: Generation,
     /// How pages are packed.
-    pub mode: CompressMode,
+    pub policy: EncodePolicy,
     /// Its lane.
     pub lane: Arc<EpochLane>,
     /// The VM's disks.
@@ -163,7 +165,7 @@ pub fn start(config: SenderConfig) -> std::io::Result<SenderHandle> {
 }
 
 fn serve(mut config: SenderConfig, queue: &Receiver<EpochJob>) {
-    let mut writer = EpochWriter::new(config.vm, config.generation, config.mode);
+    let mut writer = EpochWriter::new(config.vm, config.generation, config.policy);
     while let Ok(mut job) = queue.recv() {
         let result = send(&mut config, &mut writer, &mut job);
         let mut staging = job.staging;
@@ -173,6 +175,7 @@ fn serve(mut config: SenderConfig, queue: &Receiver<EpochJob>) {
             generation: config.generation,
             staging,
             result,
+            stats: *writer.stats(),
         };
         if config.inbox.send(WorkerEvent::Sent(done)).is_err() {
             return;
@@ -194,7 +197,12 @@ fn send(
     let words = |e: WriteError<SendError>| e.to_string();
     let epoch = job.epoch;
     tracing::debug!(%epoch, pages = job.staging.len_pages(), queued = lane.queued_bytes(), "epoch to the lane");
-    writer.begin(epoch);
+    let pressure = lane.pressure();
+    let link = LinkFacts {
+        bytes_per_s: pressure.capacity_bytes_per_s,
+        queued_bytes: pressure.queued_bytes,
+    };
+    writer.begin(epoch, link);
     writer.pages(job.staging.iter(), &mut put).map_err(words)?;
     for (index, ranges) in job.base.iter().enumerate() {
         for chunk in ranges.iter().flat_map(|r| chunks(r.clone())) {
