@@ -24,3 +24,4 @@ pub mod heartbeat;
 pub mod identity;
 pub mod ids;
 pub mod link;
+pub mod probe;
