@@ -11,7 +11,7 @@ use crate::interpose::checkpoint::{CutTimings, capture_blocks_prefix};
 use crate::interpose::memory::{Staging, Tracker};
 use crate::mirror::PrimaryInput;
 use crate::pool::{Epoch, Generation, HostName};
-use interconnect::codec::{CodecChoice, CodecVersion, EncodePolicy};
+use interconnect::codec::{CodecVersion, EncodePolicy};
 use interconnect::frame::{Frame, FrameKind, PAYLOAD_BYTES_MAX};
 use interconnect::link::EpochLane;
 use std::collections::VecDeque;
@@ -142,17 +142,17 @@ impl PrimarySide {
             .attempt
             .as_ref()
             .ok_or("there is no attempt to mirror")?;
-        let codec = if self.config.spec.mirror.compress {
-            CodecChoice::Auto
-        } else {
-            CodecChoice::Raw
-        };
+        let spec = &self.config.spec;
         let version = attempt.peer.interconnect.stats().version;
-        Ok(EncodePolicy::for_guest(
-            self.config.spec.memory.get(),
-            codec,
+        let policy = EncodePolicy::for_guest(
+            spec.memory.get(),
+            spec.mirror.codec,
             CodecVersion::of_protocol(version),
-        ))
+        );
+        Ok(EncodePolicy {
+            delta: spec.mirror.delta,
+            ..policy
+        })
     }
 
     fn try_begin_seeding(&mut self) -> Result<(), String> {

@@ -15,6 +15,7 @@ use super::env::{
     SLOW_LINK_BYTES_PER_S, Service, Setting, VmView,
 };
 use crate::api::client::{Client, ClientError, block};
+use crate::api::links::LinkHealth;
 use crate::api::types::{self, CreateVm, Done, HostStatus, Protect, VmStatus};
 use crate::lab::daemons::{daemon_spec, up_linked, wait_daemon};
 use crate::lab::{HostNet, KeepPolicy, Lab, Place, in_network};
@@ -546,8 +547,9 @@ impl DrillEnv for LabEnv {
 }
 
 /// Whether `partner`'s link carries, as this host says; none if it does not tell.
-fn link_up(_partner: &types::PartnerStatus, _link: u8) -> Option<bool> {
-    None
+fn link_up(partner: &types::PartnerStatus, link: u8) -> Option<bool> {
+    let health = partner.links.get(usize::from(link))?;
+    Some(*health == LinkHealth::Up)
 }
 
 /// Ascending numbers as inclusive ranges.

@@ -1,6 +1,7 @@
 //! The values a spec is made of: newtypes that hold only what is allowed.
 
 use crate::pool::HostName;
+use interconnect::codec::CodecChoice;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -378,8 +379,10 @@ pub struct MirrorPolicy {
     pub epoch_interval_max_ms: u32,
     /// Most of the CPU time the guest wants that checkpoints may take.
     pub overhead_max_percent: u8,
-    /// Compress pages on the wire.
-    pub compress: bool,
+    /// How pages, disk writes and device state are packed on the wire.
+    pub codec: CodecChoice,
+    /// Send pages as differences to what the standby holds where that is less.
+    pub delta: bool,
     /// Keep sums over all memory and disks and compare them at a promotion (for drills).
     pub audit: bool,
     /// Most packets the egress gate of a NIC holds; beyond it they are dropped, as a full
@@ -401,7 +404,9 @@ impl Default for MirrorPolicy {
             // A guest keeps at least 70 % of its unprotected throughput, with some to spare for
             // what the pauses do not show.
             overhead_max_percent: 25,
-            compress: false,
+            // What is soonest at the standby, as measured on this link and this CPU.
+            codec: CodecChoice::Auto,
+            delta: true,
             audit: false,
             // 16,384 full Ethernet frames are 24 MB: one second at 200 Mbit/s.
             held_packets_max: 16_384,
