@@ -1,9 +1,9 @@
 //! The invariants, checked against what really is.
 
 use super::world::{Event, Role, World};
-use super::{GuestState, Violation};
+use super::{GuestState, SETTLED, Violation};
 use crate::mirror::standby::StandbyEnd;
-use crate::mirror::{MAX_IN_FLIGHT, Micros};
+use crate::mirror::{MAX_IN_FLIGHT, Micros, PrimaryState};
 use crate::pool::{Epoch, Generation};
 
 impl World {
@@ -168,10 +168,24 @@ impl World {
                 guest,
             } = &self.hosts[host].role
             else {
+                self.settled_since[host] = None;
                 continue;
             };
             let status = machine.status(self.now);
             let (attempt, running) = (*attempt, guest.epoch);
+            if self.faults_on || status.state != PrimaryState::Mirrored {
+                self.settled_since[host] = None;
+            } else {
+                let since = *self.settled_since[host].get_or_insert(self.now);
+                if self.now.since(since) > SETTLED && !status.mirrored {
+                    let what = format!(
+                        "the lag is {:?} {:?} after mirroring began, and nothing is broken",
+                        status.lag,
+                        self.now.since(since)
+                    );
+                    self.violated("bounded", what);
+                }
+            }
             if !status.mirrored {
                 continue;
             }

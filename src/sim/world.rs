@@ -1,9 +1,10 @@
 //! The world of a run: events in time order, hosts, and the loop over both phases.
 
 use super::guest::{Guest, GuestState};
+use super::lane::Load;
 use super::registry::{RegistryModel, Request};
 use super::rng::{Rng, mix};
-use super::{EVENTS_MAX, LIVENESS_BOUND, Report, SAFETY_PHASE, Violation};
+use super::{EVENTS_MAX, LIVENESS_BOUND, LIVENESS_LEAST, Report, SAFETY_PHASE, Violation};
 use crate::mirror::{
     ClaimOutcome, Micros, Policy, Primary, PrimaryConfig, PrimaryInput, Standby, StandbyInput,
     Ticket, Timing, Verdict, Versioned, VmRecord,
@@ -114,6 +115,14 @@ pub(super) enum Event {
         number: u64,
         story: u64,
     },
+    /// An epoch's closing frame is handed to the lane.
+    Closing {
+        host: usize,
+        life: u64,
+        epoch: Epoch,
+    },
+    /// The link carries more or less from now on.
+    Capacity,
     Work,
     Operator,
     Fault,
@@ -194,6 +203,9 @@ pub struct World {
     pub(super) requests: BTreeMap<u64, (Request, Option<ClaimOutcome>, bool)>,
     pub(super) client: Client,
     pub(super) faults_on: bool,
+    pub(super) load: Load,
+    /// Truth: since when each host mirrors the VM with no fault about.
+    pub(super) settled_since: [Option<Micros>; 2],
     /// Truth: every checkpoint taken.
     pub(super) checkpoints: BTreeMap<(Generation, Epoch), GuestState>,
     /// Truth: the newest epoch of each attempt whose parts all arrived, none missing before it.
@@ -242,6 +254,8 @@ impl World {
                 acked: 0,
             },
             faults_on: true,
+            load: Load::new(&mut Rng::new(mix(seed ^ 0x6c69_6e6b))),
+            settled_since: [None; 2],
             checkpoints: BTreeMap::new(),
             whole: BTreeMap::new(),
             alive_on: 0,
@@ -266,6 +280,7 @@ impl World {
         world.after(Micros(3000), Event::Work);
         world.after(Micros(10_000), Event::Operator);
         world.after(Micros(300_000), Event::Fault);
+        world.after(Micros(200_000), Event::Capacity);
         world
     }
 
@@ -280,7 +295,8 @@ impl World {
         self.end_all_faults();
         let deadline = self.now + LIVENESS_BOUND;
         let answers = self.report.answers;
-        while !(self.healthy() && self.report.answers > answers + 20) {
+        let least = self.now + LIVENESS_LEAST;
+        while self.now < least || !(self.healthy() && self.report.answers > answers + 20) {
             if self.now > deadline {
                 let roles: Vec<String> = self.hosts.iter().map(Self::describe).collect();
                 self.violated(
@@ -351,6 +367,7 @@ impl World {
             | Event::ApplyDisk { host, .. }
             | Event::ApplyRest { host, .. }
             | Event::PromoteEnd { host, .. }
+            | Event::Closing { host, .. }
             | Event::RegistryAnswer { host, .. } => Some(*host),
             _ => None,
         }
@@ -402,6 +419,7 @@ impl World {
                 let delay = Micros(self.rng.between(500, 6000));
                 self.after(delay, Event::Work);
             }
+            Event::Capacity => self.change_capacity(),
             Event::Operator => self.operator(),
             Event::Fault => self.fault(),
             Event::Heal(heal) => self.heal(heal),
@@ -466,6 +484,7 @@ impl World {
         let machine = Box::new(Primary::new(config, record, self.now));
         let guest = Guest {
             state,
+            seen_at: self.now,
             ..Guest::default()
         };
         self.hosts[host].life += 1;

@@ -9,7 +9,7 @@ use crate::daemon::control::ControlMsg;
 use crate::daemon::figures::EpochSample;
 use crate::interpose::checkpoint::{CutTimings, capture_blocks_prefix};
 use crate::interpose::memory::{Staging, Tracker};
-use crate::mirror::PrimaryInput;
+use crate::mirror::{LaneLevel, PrimaryInput};
 use crate::pool::{Epoch, Generation, HostName};
 use interconnect::codec::{CodecVersion, EncodePolicy};
 use interconnect::frame::{Frame, FrameKind, PAYLOAD_BYTES_MAX};
@@ -77,6 +77,17 @@ pub struct Attempt {
 }
 
 impl Attempt {
+    /// How the lane stands, once epochs go over it.
+    pub fn level(&self) -> Option<LaneLevel> {
+        self.sender.as_ref()?;
+        let pressure = self.lane.as_ref()?.pressure();
+        Some(LaneLevel {
+            queued_bytes: pressure.queued_bytes,
+            unacked_bytes: pressure.unacked_bytes,
+            bytes_per_s: pressure.capacity_bytes_per_s,
+        })
+    }
+
     /// Tell the threads of this attempt to end.
     pub fn give_up(&self) {
         self.abort.store(true, Ordering::Relaxed);

@@ -106,6 +106,7 @@ fn mirror(spec: &VmSpec) -> Table {
     number("held_packets_max", policy.held_packets_max);
     t.insert("codec".into(), text(policy.codec));
     t.insert("delta".into(), Value::Boolean(policy.delta));
+    t.insert("overload".into(), text(policy.overload.word()));
     t.insert("audit".into(), Value::Boolean(policy.audit));
     t.insert("overlay_max".into(), text(policy.overlay_max));
     t

@@ -4,7 +4,7 @@ use super::fields::{Fields, Reader};
 use super::read::{SpecNote, image_path, label, needed, not_built, one_of};
 use super::tree::{Node, Value};
 use super::values::{BRIDGE_BYTES_MAX, DISK_MAX, DISK_STEP, LABEL_RULE, MIB, SizeBytes};
-use super::{BadValue, Disk, DiskKind, Durability, MacAddr, MirrorPolicy, Nic};
+use super::{BadValue, Disk, DiskKind, Durability, MacAddr, MirrorPolicy, Nic, Overload};
 use crate::pool::{HostName, VmId};
 use interconnect::codec::CodecChoice;
 
@@ -30,6 +30,7 @@ const MIRROR_KEYS: &[&str] = &[
     "overhead_max_percent",
     "codec",
     "delta",
+    "overload",
     "audit",
     "held_packets_max",
     "overlay_max",
@@ -203,6 +204,9 @@ pub(super) fn mirror(r: &mut Reader<'_>, f: &Fields<'_>) -> Option<MirrorPolicy>
         )
     });
     let delta = r.flag(&f, "delta");
+    let overload = r.text(&f, "overload", |text| {
+        one_of(text, &Overload::ALL.map(|what| (what.word(), what)))
+    });
     let audit = r.flag(&f, "audit");
     let packets = r.integer(&f, "held_packets_max", 16_u32, 1 << 20);
     let overlay = r.size(&f, "overlay_max", |bytes| {
@@ -223,6 +227,7 @@ pub(super) fn mirror(r: &mut Reader<'_>, f: &Fields<'_>) -> Option<MirrorPolicy>
         overhead_max_percent: overhead.or(default.overhead_max_percent)?,
         codec: codec.or(default.codec)?,
         delta: delta.or(default.delta)?,
+        overload: overload.or(default.overload)?,
         audit: audit.or(default.audit)?,
         held_packets_max: packets.or(default.held_packets_max)?,
         overlay_max: overlay.or(default.overlay_max)?,

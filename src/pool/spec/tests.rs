@@ -424,11 +424,15 @@ fn the_key_of_an_earlier_version_says_what_to_write() {
         let text = refused(line);
         let begin = format!("`mirror.{line}` is a key of an earlier version: {instead}");
         assert!(text.contains(&begin) && !text.contains("unknown"), "{text}");
-        assert!(text.starts_with("vm.toml:23:1:"), "{text}");
+        assert!(text.starts_with("vm.toml:20:1:"), "{text}");
     }
     assert!(refused("codec = \"gzip\"").contains(
         "`mirror.codec = \"gzip\"` is not valid: use \"auto\" or \"raw\" or \"lz4\" or \"zstd\""
     ));
+    assert!(
+        refused("overload = \"stop\"")
+            .contains("`mirror.overload = \"stop\"` is not valid: use \"throttle\" or \"solo\"")
+    );
     // A near miss is pointed to what there is, not to what there was.
     let near = refused("compres = true");
     assert!(
@@ -455,6 +459,7 @@ prop_compose! {
         overhead in 1..=90_u8,
         codec in proptest::sample::select(&interconnect::codec::CodecChoice::ALL[..]),
         delta: bool,
+        overload in proptest::sample::select(&Overload::ALL[..]),
         audit: bool,
         packets in 16..=1_u32 << 20,
         overlay in 1_u64 << 20..=64 << 30,
@@ -466,6 +471,7 @@ prop_compose! {
             overhead_max_percent: overhead,
             codec,
             delta,
+            overload,
             audit,
             held_packets_max: packets,
             overlay_max: SizeBytes(overlay),

@@ -368,6 +368,30 @@ impl Protection {
     }
 }
 
+/// What becomes of a mirrored VM that dirties more than the links carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Overload {
+    /// The guest is slowed until they keep up.
+    #[default]
+    Throttle,
+    /// It goes on at full speed, unmirrored, and is mirrored again later.
+    Solo,
+}
+
+impl Overload {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Throttle, Self::Solo];
+
+    /// The word for it in a spec.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Throttle => "throttle",
+            Self::Solo => "solo",
+        }
+    }
+}
+
 /// How a VM is mirrored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MirrorPolicy {
@@ -383,6 +407,8 @@ pub struct MirrorPolicy {
     pub codec: CodecChoice,
     /// Send pages as differences to what the standby holds where that is less.
     pub delta: bool,
+    /// What becomes of the VM if it dirties more than the links carry.
+    pub overload: Overload,
     /// Keep sums over all memory and disks and compare them at a promotion (for drills).
     pub audit: bool,
     /// Most packets the egress gate of a NIC holds; beyond it they are dropped, as a full
@@ -407,6 +433,7 @@ impl Default for MirrorPolicy {
             // What is soonest at the standby, as measured on this link and this CPU.
             codec: CodecChoice::Auto,
             delta: true,
+            overload: Overload::Throttle,
             audit: false,
             // 16,384 full Ethernet frames are 24 MB: one second at 200 Mbit/s.
             held_packets_max: 16_384,
