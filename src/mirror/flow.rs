@@ -37,8 +37,9 @@ pub const HOLD_LEAST: Micros = Micros::from_millis(10);
 /// a link that flaps is back by then.
 pub const OVERLOAD_PATIENCE: Micros = Micros::from_millis(5000);
 
-/// An epoch that was under way for less than this says nothing about what the links carry.
-const TELLING: Micros = Micros::from_millis(2);
+/// A smaller epoch says nothing about what the links carry: what it took was the way there
+/// and back.
+const TELLING_BYTES: u64 = 64 << 10;
 
 /// What waits for less than this is no limit worth a word to the operator.
 const WORTH_A_WORD: Micros = Micros::from_millis(20);
@@ -97,6 +98,8 @@ pub struct Flow {
     under_way: Option<UnderWay>,
     /// Bytes a second, before encoding, that the last epochs went through at.
     rate: Option<u64>,
+    /// The least time that an epoch was under way, whatever its size.
+    least: Micros,
     /// How long the guest may run in an epoch; none: as long as it likes.
     allowance: Option<Micros>,
     /// Since when the links are too slow.
@@ -121,6 +124,7 @@ impl Flow {
             level_at: now,
             under_way: None,
             rate: None,
+            least: Micros::MAX,
             allowance: None,
             slow_since: None,
             running_since: now,
@@ -165,15 +169,21 @@ impl Flow {
             return;
         };
         let took = now.since(epoch.since);
-        if took >= TELLING {
-            let seen = epoch.bytes.saturating_mul(1_000_000) / took.0;
-            self.rate = Some(self.rate.map_or(seen, |rate| rate.midpoint(seen)).max(1));
+        self.least = self.least.min(took);
+        if epoch.bytes >= TELLING_BYTES {
+            let moving = (took - self.least).max(Micros(1));
+            let seen = epoch.bytes.saturating_mul(1_000_000) / moving.0;
+            // Down at once, up by halves: taking links for too slow costs the guest some
+            // time, taking them for too fast costs lag.
+            let rate = self.rate.map_or(seen, |rate| rate.midpoint(seen).min(seen));
+            self.rate = Some(rate.max(1));
         }
         if took > UNDER_WAY_MAX {
             return self.tighten(epoch.ran, took, now);
         }
         if let Some(allowance) = self.allowance
             && took.0 * 5 < UNDER_WAY_MAX.0 * 4
+            && (epoch.ran.0 * 2 >= allowance.0 || self.keeps_up(epoch))
         {
             // A quarter more each time: an epoch that is too large costs lag, one that is
             // too small costs the guest little.
@@ -183,6 +193,14 @@ impl Flow {
         if self.allowance.is_none() {
             self.slow_since = None;
         }
+    }
+
+    /// Whether the links carry what the guest dirtied in an epoch in less time than it ran.
+    /// Of a short epoch that is much: most of what a guest dirties it dirties again.
+    fn keeps_up(&self, epoch: UnderWay) -> bool {
+        let Some(rate) = self.rate else { return false };
+        let carried = u128::from(rate) * u128::from(epoch.ran.0) * 4 / 5;
+        carried > u128::from(epoch.bytes) * 1_000_000
     }
 
     /// An epoch whose guest ran for `ran` takes `whole`: as large as the links carry in time.
@@ -196,9 +214,16 @@ impl Flow {
     fn left(&self, now: Micros) -> Option<Micros> {
         let epoch = self.under_way?;
         let lane = self.level.drains_in().map(|t| t - now.since(self.level_at));
-        // What is not encoded yet is not on the lane; by experience.
-        let experience = self.rate.map(|rate| {
-            Micros(epoch.bytes.saturating_mul(1_000_000) / rate) - now.since(epoch.since)
+        // What is not encoded yet is not on the lane; by experience. Once that has been
+        // wrong for long, what has taken so long may well take as long again.
+        let passed = now.since(epoch.since);
+        let experience = match self.rate {
+            Some(rate) => Some(Micros(epoch.bytes.saturating_mul(1_000_000) / rate) - passed),
+            None => (passed > UNDER_WAY_MAX).then_some(Micros::ZERO),
+        };
+        let experience = experience.map(|left| match passed > UNDER_WAY_MAX {
+            true => left.max(passed),
+            false => left,
         });
         match (lane, experience) {
             // On the lane stands what is left, and it counts what the other only guesses.
@@ -223,6 +248,7 @@ impl Flow {
         };
         let may_run = allowance - self.ran(now);
         match self.held_since {
+            _ if may_run == Micros::ZERO => true,
             Some(_) => left > may_run,
             None => left > may_run + HOLD_LEAST,
         }

@@ -72,6 +72,8 @@ pub struct Schedule {
     policy: Policy,
     /// When the guest last began to run.
     resumed_at: Micros,
+    /// Since when it has run without being held back.
+    runs_since: Micros,
     /// Since when output of the running epoch waits.
     output_since: Option<Micros>,
     pressure: bool,
@@ -103,6 +105,7 @@ impl Schedule {
         Self {
             policy,
             resumed_at: now,
+            runs_since: now,
             output_since: None,
             pressure: false,
             busy_permille: 1000,
@@ -137,6 +140,11 @@ impl Schedule {
         self.cut_by = cut_by;
     }
 
+    /// The guest was held back and runs again since `now`.
+    pub fn let_go(&mut self, now: Micros) {
+        self.runs_since = now;
+    }
+
     /// What the busiest vCPU wanted per mille of the time it was allowed to run, and how
     /// long each cut's work made it wait for a core.
     pub fn guest_busy(&mut self, permille: u16, crowding: Micros) {
@@ -152,7 +160,7 @@ impl Schedule {
     /// Whether output waits for credit at `now`, so that [`Self::guest_idle`] would help.
     #[must_use]
     pub fn awaits_idle(&self, now: Micros) -> bool {
-        self.output_since.is_some() && now < self.next_cut() && self.resumed_at + RUN_MIN <= now
+        self.output_since.is_some() && now < self.next_cut() && self.runs_since + RUN_MIN <= now
     }
 
     /// A cut has been asked for: what waits, waits for it, and later output for the next.
@@ -179,6 +187,7 @@ impl Schedule {
             .saturating_sub(faults)
             .max(floor);
         self.resumed_at = now;
+        self.runs_since = now;
     }
 
     /// The cut failed and the guest runs again since `now`; what waited still waits.
@@ -186,22 +195,23 @@ impl Schedule {
         self.output_since.get_or_insert(now);
         self.idle = false;
         self.resumed_at = now;
+        self.runs_since = now;
     }
 
     /// When the next cut may and should begin, as far as is known now. May be past.
     #[must_use]
     pub fn next_cut(&self) -> Micros {
+        let least = self.runs_since + RUN_MIN;
         if self.pressure {
-            return self.resumed_at + RUN_MIN;
+            return least;
         }
         let at = self.wanted_cut();
-        self.cut_by
-            .map_or(at, |by| at.min(by.max(self.resumed_at + RUN_MIN)))
+        self.cut_by.map_or(at, |by| at.min(by.max(least)))
     }
 
     /// The next cut, were the links no limit to the size of an epoch.
     fn wanted_cut(&self) -> Micros {
-        let gap = self.resumed_at + RUN_MIN.max(self.policy.gap_min);
+        let gap = (self.resumed_at + self.policy.gap_min).max(self.runs_since + RUN_MIN);
         let free = self
             .link_free_at
             .min(self.resumed_at + self.policy.interval_ceiling);
@@ -436,6 +446,10 @@ mod tests {
         assert_eq!(schedule.next_cut(), Policy::default().interval_max);
         schedule.links(Micros(80_000), None);
         assert_eq!(schedule.next_cut(), Micros(80_000));
+        // A guest that was held back runs all the same before it is cut.
+        schedule.let_go(Micros(90_000));
+        schedule.links(Micros::ZERO, Some(Micros(20_000)));
+        assert_eq!(schedule.next_cut(), Micros(90_000) + RUN_MIN);
     }
 
     #[test]

@@ -204,8 +204,10 @@ pub struct World {
     pub(super) client: Client,
     pub(super) faults_on: bool,
     pub(super) load: Load,
-    /// Truth: since when each host mirrors the VM with no fault about.
-    pub(super) settled_since: [Option<Micros>; 2],
+    /// Truth: time mirrored with no fault about, and the part of it with the lag over its
+    /// alarm.
+    pub(super) mirrored_for: Micros,
+    pub(super) over_alarm_for: Micros,
     /// Truth: every checkpoint taken.
     pub(super) checkpoints: BTreeMap<(Generation, Epoch), GuestState>,
     /// Truth: the newest epoch of each attempt whose parts all arrived, none missing before it.
@@ -255,7 +257,8 @@ impl World {
             },
             faults_on: true,
             load: Load::new(&mut Rng::new(mix(seed ^ 0x6c69_6e6b))),
-            settled_since: [None; 2],
+            mirrored_for: Micros::ZERO,
+            over_alarm_for: Micros::ZERO,
             checkpoints: BTreeMap::new(),
             whole: BTreeMap::new(),
             alive_on: 0,
@@ -309,7 +312,8 @@ impl World {
             }
             self.step()?;
         }
-        Ok(self.report)
+        self.check_bounded();
+        self.violation.clone().map_or(Ok(self.report), Err)
     }
 
     fn describe(host: &Host) -> String {
@@ -334,6 +338,8 @@ impl World {
 
     fn step(&mut self) -> Result<(), Violation> {
         if let Some(((at, _), event)) = self.queue.pop_first() {
+            let passed = at.since(self.now);
+            self.account_lag(passed);
             self.now = self.now.max(at);
             self.report.events += 1;
             if self.report.events > EVENTS_MAX {

@@ -467,6 +467,7 @@ impl Primary {
             self.actions.push_back(PrimaryAction::HoldBack);
         } else if !hold && self.held_back {
             self.flow.let_go(self.now);
+            self.schedule.let_go(self.now);
             if !self.holding_still && self.state != S::StoodDown {
                 self.actions.push_back(PrimaryAction::LetGo);
             }
