@@ -155,7 +155,7 @@ pub(super) fn endpoint(
 
     let client = config
         .identity
-        .client_config(config.peer_fingerprint)
+        .client_config(&[config.peer_fingerprint])
         .map_err(|e| tls(e.to_string()))?;
     let client = QuicClientConfig::try_from(client).map_err(|e| tls(e.to_string()))?;
     let mut client = quinn::ClientConfig::new(Arc::new(client));
@@ -163,7 +163,7 @@ pub(super) fn endpoint(
 
     let server = config
         .identity
-        .server_config(config.peer_fingerprint)
+        .server_config(&[config.peer_fingerprint])
         .map_err(|e| tls(e.to_string()))?;
     let server = QuicServerConfig::try_from(server).map_err(|e| tls(e.to_string()))?;
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(server));

@@ -9,9 +9,9 @@ use crate::daemon::control::ControlMsg;
 use crate::daemon::figures::EpochSample;
 use crate::interpose::checkpoint::{CutTimings, capture_blocks_prefix};
 use crate::interpose::memory::{Staging, Tracker};
-use crate::mirror::PrimaryInput;
+use crate::mirror::{LaneLevel, PrimaryInput};
 use crate::pool::{Epoch, Generation, HostName};
-use interconnect::codec::{CodecChoice, CodecVersion, EncodePolicy};
+use interconnect::codec::{CodecVersion, EncodePolicy};
 use interconnect::frame::{Frame, FrameKind, PAYLOAD_BYTES_MAX};
 use interconnect::link::EpochLane;
 use std::collections::VecDeque;
@@ -77,6 +77,17 @@ pub struct Attempt {
 }
 
 impl Attempt {
+    /// How the lane stands, once epochs go over it.
+    pub fn level(&self) -> Option<LaneLevel> {
+        self.sender.as_ref()?;
+        let pressure = self.lane.as_ref()?.pressure();
+        Some(LaneLevel {
+            queued_bytes: pressure.queued_bytes,
+            unacked_bytes: pressure.unacked_bytes,
+            bytes_per_s: pressure.capacity_bytes_per_s,
+        })
+    }
+
     /// Tell the threads of this attempt to end.
     pub fn give_up(&self) {
         self.abort.store(true, Ordering::Relaxed);
@@ -142,17 +153,17 @@ impl PrimarySide {
             .attempt
             .as_ref()
             .ok_or("there is no attempt to mirror")?;
-        let codec = if self.config.spec.mirror.compress {
-            CodecChoice::Auto
-        } else {
-            CodecChoice::Raw
-        };
+        let spec = &self.config.spec;
         let version = attempt.peer.interconnect.stats().version;
-        Ok(EncodePolicy::for_guest(
-            self.config.spec.memory.get(),
-            codec,
+        let policy = EncodePolicy::for_guest(
+            spec.memory.get(),
+            spec.mirror.codec,
             CodecVersion::of_protocol(version),
-        ))
+        );
+        Ok(EncodePolicy {
+            delta: spec.mirror.delta,
+            ..policy
+        })
     }
 
     fn try_begin_seeding(&mut self) -> Result<(), String> {
