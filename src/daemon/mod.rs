@@ -11,6 +11,7 @@ pub mod control;
 mod figures;
 mod host;
 mod http;
+mod keys;
 mod partner;
 mod store;
 pub mod worker;
