@@ -12,6 +12,7 @@ mod figures;
 mod host;
 mod http;
 mod keys;
+mod linktest;
 mod partner;
 mod store;
 pub mod worker;
