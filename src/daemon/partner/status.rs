@@ -213,6 +213,7 @@ impl Partner {
         let readings = self.readings.two();
         let readings = readings.as_ref();
         let links = stats.links.iter().enumerate();
+        let events = self.log.lock().events.list();
         PairStatus {
             partner: self.name.clone(),
             pinned: [
@@ -233,7 +234,7 @@ impl Partner {
                 .collect(),
             lanes: stats.lanes.iter().map(|l| lane(l, readings)).collect(),
             encoding,
-            events: self.log.lock().events.list(),
+            events,
             last_error: self.last_error(stats),
         }
     }
