@@ -19,6 +19,7 @@ use crate::pool::spec::VmSpec;
 use crate::pool::{HostName, VmId};
 use crate::registry::{FileRegistry, FileRegistryOptions};
 use crate::vm::{kernel, probe};
+use interconnect::epoch::EncodePool;
 use interconnect::identity::{Identity, IdentityDir};
 use meetings::Meeting;
 use std::collections::BTreeMap;
@@ -97,6 +98,7 @@ impl Host {
             claims,
             routes,
             peers: Mutex::default(),
+            encode_pool: EncodePool::start(EncodePool::default_threads())?,
             config,
         });
         let host = Arc::new(Self {
