@@ -21,6 +21,8 @@ pub mod codec;
 pub mod detector;
 pub mod epoch;
 pub mod frame;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod heartbeat;
 pub mod identity;
 pub mod ids;

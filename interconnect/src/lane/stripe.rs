@@ -120,7 +120,7 @@ pub fn takes(link: LinkIndex, views: &LinkViews, segment: u64, backlog: u64) -> 
         return false;
     }
     let here = completion(view, reckoned(view, views), segment);
-    here <= others_complete(link, views, backlog)
+    here <= others_complete(link, views, segment, backlog)
 }
 
 /// The least round trip, since the smoothed one holds our own queue a second time.
@@ -129,27 +129,28 @@ fn completion(view: &LinkView, capacity: u64, bytes: u64) -> Micros {
 }
 
 /// When the usable links other than `link` would have completed `bytes` together: water
-/// filled into vessels that start at different heights.
-fn others_complete(link: LinkIndex, views: &LinkViews, bytes: u64) -> Micros {
+/// filled into vessels that start at different heights, but a segment is not divided: no
+/// sooner than one of them completes one. So the link that completes a segment first of all
+/// never leaves it to the others.
+fn others_complete(link: LinkIndex, views: &LinkViews, segment: u64, bytes: u64) -> Micros {
     let mut others = [(Micros::MAX, 0); LINKS_MAX];
-    let mut count = 0;
+    let (mut count, mut first) = (0, Micros::MAX);
     for (index, view) in (0u8..).zip(views) {
         if index != link.0 && usable(LinkIndex(index), views) {
             let capacity = reckoned(view, views);
+            first = first.min(completion(view, capacity, segment));
             others[count] = (completion(view, capacity, 0), capacity);
             count += 1;
         }
     }
     let others = &mut others[..count];
     others.sort_unstable();
-    // Once `taken` links are at work, together they carry `rate` and have come to `at`
-    // with `left` bytes to go.
+    // The links so far carry `rate` together and have come to `at`, with `left` to go.
     let (mut left, mut rate, mut at) = (bytes, 0_u64, Micros::MAX);
     for &(ready, capacity) in others.iter() {
         if rate > 0 {
-            let done = at.plus(span(left, rate));
-            if done <= ready {
-                return done;
+            if at.plus(span(left, rate)) <= ready {
+                break;
             }
             let carried = u128::from(rate) * u128::from(ready.since(at).0) / 1_000_000;
             left = left.saturating_sub(u64::try_from(carried).unwrap_or(u64::MAX));
@@ -157,7 +158,7 @@ fn others_complete(link: LinkIndex, views: &LinkViews, bytes: u64) -> Micros {
         at = ready;
         rate = rate.saturating_add(capacity);
     }
-    at.plus(span(left, rate))
+    at.plus(span(left, rate)).max(first)
 }
 
 /// How long after now a segment handed to this link becomes overdue; `in_flight` of the

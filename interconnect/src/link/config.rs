@@ -106,6 +106,9 @@ pub enum StartError {
         /// How many were given.
         links: usize,
     },
+    /// The thread of the pair could not be started.
+    #[error("cannot start the thread of an interconnect: {0}")]
+    Thread(std::io::Error),
     /// The TLS or QUIC configuration was refused.
     #[error(
         "cannot set up TLS for the pair with {peer}: {reason}: remove the identity folder to make a new identity, then pin its fingerprint on the partner"

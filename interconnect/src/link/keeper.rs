@@ -15,6 +15,7 @@
 //! is known to speak more, hello is said on one link at a time.
 
 use super::config::PairConfig;
+use super::drivers::OwnThread;
 use super::event::{LinkEvent, SessionId};
 use super::hello::{self, HelloError};
 use super::join::Association;
@@ -73,6 +74,8 @@ struct LinkInfo {
 pub(super) struct Shared {
     pub(super) config: PairConfig,
     pub(super) runtime: Handle,
+    /// Ends with the last task that holds this.
+    _thread: OwnThread,
     pub(super) events: mpsc::Sender<LinkEvent>,
     pub(super) endpoints: Vec<LinkEndpoint>,
     keys: Mutex<Keys>,
@@ -147,6 +150,7 @@ impl Shared {
         endpoints: Vec<LinkEndpoint>,
         events: mpsc::Sender<LinkEvent>,
         runtime: Handle,
+        thread: OwnThread,
     ) -> Arc<Self> {
         let info = || {
             Mutex::new(LinkInfo {
@@ -160,6 +164,7 @@ impl Shared {
         Arc::new(Self {
             links: endpoints.iter().map(|_| info()).collect(),
             config,
+            _thread: thread,
             runtime,
             events,
             endpoints,

@@ -86,7 +86,8 @@ impl std::fmt::Debug for Interconnect {
 }
 
 impl Interconnect {
-    /// Bind all links and keep a session with the partner for ever.
+    /// Bind all links and keep a session with the partner for ever, on a thread of its own
+    /// that ends with the last task, or with `runtime`.
     ///
     /// # Errors
     /// [`StartError`].
@@ -110,6 +111,9 @@ impl Interconnect {
                 fingerprint,
             });
         }
+        // The tasks of a pair share one thread, not the caller's (`drivers`).
+        let own = drivers::own_thread(&config.peer, &runtime);
+        let (runtime, thread) = own.map_err(StartError::Thread)?;
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let entered = runtime.enter();
         let keys = Keys {
@@ -130,7 +134,7 @@ impl Interconnect {
             .zip(&config.links)
             .map(|(link, config)| link.endpoint.local_addr().unwrap_or(config.local))
             .collect();
-        let shared = Shared::new(config, keys, endpoints, events, runtime);
+        let shared = Shared::new(config, keys, endpoints, events, runtime, thread);
         keeper::keep(&shared);
         Ok((
             Self {
@@ -255,6 +259,11 @@ impl Interconnect {
     pub fn local_addrs(&self) -> Vec<SocketAddr> {
         self.inner.local_addrs.clone()
     }
+}
+
+/// Read a Hello of any content.
+pub(crate) fn fuzz_hello(data: &[u8]) {
+    hello::fuzz(data);
 }
 
 #[cfg(test)]

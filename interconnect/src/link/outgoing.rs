@@ -14,7 +14,7 @@
 //! (it would count as on its way for ever), or let a task sleep while it has something
 //! to send.
 
-use super::capacity;
+use super::capacity::{self, PathFigures};
 use super::incoming::Clock;
 use super::lanes::{IoEvent, IoTicket, LaneSink};
 use super::queue::PushError;
@@ -48,15 +48,16 @@ const PULL_BYTES_ALONE: usize = 1 << 20;
 const TICK_MIN: Duration = Duration::from_millis(1);
 const TICK_MAX: Duration = Duration::from_millis(5);
 
+/// What bulk may have in QUIC beyond what may be on its way, in bytes: so that it is always
+/// the congestion window that holds it, which measures the path by that; more could not go
+/// another way any more.
+const SEND_AHEAD_BYTES: u64 = 512 << 10;
 /// Least that bulk may have in QUIC on a link, in bytes: an epoch of 250 raw pages.
 const SEND_WINDOW_MIN: u64 = 1 << 20;
-/// What may wait in front of a link's wire, beyond its round trip: less is not worth a
-/// late writer, more could not go another way any more.
-const SEND_DELAY_US: u64 = 5_000;
 /// What control and I/O may have in QUIC beyond what bulk has filled, in bytes. Bulk fills
 /// the send window; without room of their own the others would wait for it to drain, and
 /// priorities only order what is inside.
-const URGENT_BYTES_MAX: u64 = 2 << 20;
+const URGENT_BYTES: u64 = 2 << 20;
 
 /// A connection that stands on a link.
 #[derive(Clone)]
@@ -65,44 +66,32 @@ pub(super) struct Member {
     /// Tells it from others on the same link; counts up from 1.
     pub(super) serial: u64,
     pub(super) connection: Connection,
-    /// What the partner's socket takes, in bytes.
-    window_max: u64,
     /// What bulk may have in QUIC now, in bytes.
     window: Arc<AtomicU64>,
 }
 
 impl Member {
     pub(super) fn new(link: LinkIndex, serial: u64, connection: Connection) -> Self {
-        let window_max = connection.congestion_state().initial_window();
+        let window = send_window(&capacity::figures(&connection));
+        connection.set_send_window(window);
         Self {
             link,
             serial,
             connection,
-            window_max,
-            window: Arc::new(AtomicU64::new(window_max)),
+            window: Arc::new(AtomicU64::new(window)),
         }
     }
 
     /// Let urgent streams write beside bulk that has filled the window, or no longer.
     pub(super) fn raise_window(&self, raised: bool) {
-        let urgent = if raised {
-            URGENT_BYTES_MAX.min(self.window_max / 2)
-        } else {
-            0
-        };
+        let urgent = if raised { URGENT_BYTES } else { 0 };
         let window = self.window.load(Ordering::Relaxed);
         self.connection.set_send_window(window + urgent);
     }
 
-    /// Keep what is in QUIC to what the path carries soon: it can go no other way any more.
-    fn fit_window(&self, measure: &LinkMeasure) {
-        let Some(capacity) = measure.capacity else {
-            return;
-        };
-        let time = u128::from(measure.rtt_min.0 + SEND_DELAY_US);
-        let bytes = u128::from(capacity) * time / 1_000_000;
-        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
-        let window = bytes.max(SEND_WINDOW_MIN).min(self.window_max);
+    /// Keep what is in QUIC to what goes out soon: it can go no other way any more.
+    fn fit_window(&self, figures: &PathFigures) {
+        let window = send_window(figures);
         let before = self.window.load(Ordering::Relaxed);
         // Not for every wobble: it takes QUIC's lock and wakes its task.
         if window.abs_diff(before) > before / 8 {
@@ -110,6 +99,10 @@ impl Member {
             self.connection.set_send_window(window);
         }
     }
+}
+
+fn send_window(figures: &PathFigures) -> u64 {
+    (figures.window_bytes + SEND_AHEAD_BYTES).max(SEND_WINDOW_MIN)
 }
 
 /// The part of a lane that its tasks and its owner hold on to.
@@ -479,10 +472,15 @@ impl Outgoing {
     fn tick(&self) -> Option<Duration> {
         let members: Vec<Member> = self.lock().members.iter().flatten().cloned().collect();
         // Not under the lock: QUIC has its own, and holds it while it sends.
-        let measures: Vec<_> = members.into_iter().map(measure).collect();
-        for (member, measure) in &measures {
-            member.fit_window(measure);
-        }
+        let measures: Vec<_> = members
+            .into_iter()
+            .map(|member| {
+                let figures = capacity::figures(&member.connection);
+                member.fit_window(&figures);
+                let measure = measure(&member, &figures);
+                (member, measure)
+            })
+            .collect();
         let now = self.now();
         let mut core = self.lock();
         for (member, measure) in measures {
@@ -636,20 +634,18 @@ fn take_down(core: &mut Core, link: LinkIndex, now: Micros) {
 }
 
 /// What QUIC knows of a connection now.
-fn measure(member: Member) -> (Member, LinkMeasure) {
-    let figures = capacity::figures(&member.connection);
+fn measure(member: &Member, figures: &PathFigures) -> LinkMeasure {
     let rtt = member.connection.rtt();
     let rtt_min = if figures.rtt_min.is_zero() {
         rtt
     } else {
         figures.rtt_min
     };
-    let measure = LinkMeasure {
+    LinkMeasure {
         capacity: figures.bytes_per_s,
         rtt: rtt.into(),
         rtt_min: rtt_min.into(),
-    };
-    (member, measure)
+    }
 }
 
 /// A lane as its owner pushes into it.

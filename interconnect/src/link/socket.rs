@@ -28,9 +28,9 @@ const SEND_BYTES_MAX: usize = 65_000;
 /// Most bytes that one received message may hold: what the other side sent at once, put
 /// together again (UDP_GRO, udp(7)).
 const MESSAGE_BYTES_MAX: usize = 1 << 16;
-/// Messages taken from the kernel at a time: 512 KiB, which stay in the core's own cache
-/// until they are read.
-const MESSAGES_MAX: usize = 8;
+/// Messages taken from the kernel at a time: 128 KiB, which stay in the core's own cache
+/// until they are decrypted. Measured with jumbo frames: 3.2 GB/s, 2.8 with 8, 2.5 with 32.
+const MESSAGES_MAX: usize = 2;
 /// IPv4 and UDP headers.
 const HEADERS_V4_BYTES: u16 = 28;
 /// IPv6 and UDP headers.

@@ -2,7 +2,6 @@
 //! only grow within a session's life; rates are the reader's to take from two readings.
 
 use super::capacity;
-use super::congestion::WINDOW_BYTES_MAX;
 use super::event::SessionId;
 use crate::ids::{Generation, VmId};
 use std::net::SocketAddr;
@@ -74,7 +73,7 @@ impl LinkStats {
         self.lost_packets = quic.path.lost_packets;
         self.black_holes = quic.path.black_holes_detected;
         self.mtu_bytes = quic.path.current_mtu;
-        self.window_bytes = quic.path.cwnd.min(WINDOW_BYTES_MAX);
+        self.window_bytes = figures.window_bytes;
     }
 }
 

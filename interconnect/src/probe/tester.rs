@@ -391,8 +391,9 @@ impl<P: FnMut(Step, u64)> Run<'_, P> {
 
     fn round_trips(&mut self, until: Instant) -> Result<Vec<u64>, TestError> {
         let mut samples = Vec::new();
-        while samples.len() < SAMPLES_MAX
-            && !(self.over(Step::RoundTrips, until)? && !samples.is_empty())
+        self.over(Step::RoundTrips, until)?;
+        while samples.is_empty()
+            || samples.len() < SAMPLES_MAX && !self.over(Step::RoundTrips, until)?
         {
             let (begun, question) = (Instant::now(), self.ask());
             let test = self.tester.test;
@@ -473,7 +474,8 @@ impl<P: FnMut(Step, u64)> Run<'_, P> {
 
     fn epochs(&mut self, step: Step, pages: usize, until: Instant) -> Result<Vec<u64>, TestError> {
         let mut samples = Vec::new();
-        while samples.len() < SAMPLES_MAX && !(self.over(step, until)? && !samples.is_empty()) {
+        self.over(step, until)?;
+        while samples.is_empty() || samples.len() < SAMPLES_MAX && !self.over(step, until)? {
             let took = self.exchange(pages * PAGE)?;
             samples.push(micros(took));
             self.rest(took);

@@ -4,6 +4,7 @@ use super::net::index;
 use crate::lane::links::{LinkMeasure, Links};
 use crate::lane::stripe::*;
 use crate::lane::{LINKS_MAX, LaneClass, Micros};
+use proptest::prelude::*;
 
 const SEGMENT: u64 = 64 << 10;
 const GB: u64 = 1_000_000_000;
@@ -54,6 +55,35 @@ fn several_others_share_what_waits() {
     // The second is far away and helps only afterwards.
     let far = super::decisions::views(&[up(GB, 0, 0), up(GB, 40_000, 0), up(GB / 10, 0, 0)]);
     assert_eq!(who(&far, SEGMENT, 10 * SEGMENT), [0, 2]);
+}
+
+#[test]
+fn several_others_are_no_quicker_with_one_segment_than_the_quickest_of_them() {
+    // Found by the network of virtual time: nobody took it.
+    let views = views(&[
+        up(57_600_000, 8_830, 0),
+        up(901_600_000, 8_572, 0),
+        up(17_000_000, 4_138, 0),
+        up(23_920_000, 3_646, 0),
+    ]);
+    assert_eq!(who(&views, SEGMENT, SEGMENT), [1]);
+}
+
+proptest! {
+    #[test]
+    fn whatever_waits_some_free_link_takes_it(
+        links in prop::collection::vec((0..3 * GB, 0..50_000_u64, any::<bool>()), 1..LINKS_MAX),
+        segment in 1..=SEGMENT, more in 0..100 * SEGMENT,
+    ) {
+        let all: Vec<_> = links
+            .iter()
+            .map(|(capacity, rtt, measured)| LinkView {
+                capacity: measured.then_some(*capacity),
+                ..up(0, *rtt, 0)
+            })
+            .collect();
+        prop_assert!(!who(&views(&all), segment, segment + more).is_empty());
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use super::net::index;
 use crate::lane::links::Links;
 use crate::lane::send::{AckError, FrameNumber, LaneSender, PushError};
+use crate::lane::stripe::LinkHealth;
 use crate::lane::wire::LaneAck;
 use crate::lane::{
     LANE_SEGMENTS_MAX, LANE_WINDOW_BYTES_MIN, LaneClass, LaneId, Micros, SEGMENT_BYTES_MAX,
@@ -201,4 +202,80 @@ fn what_was_received_elsewhere_is_not_sent_again_though_an_earlier_part_is_missi
     assert!(again.again && again.header == lost.header);
     assert_eq!(sender.next(index(1), &mut links, NOW), None);
     assert_eq!(sender.repeated_bytes(), size);
+}
+
+/// Three segments on link 0, which is then suspect; link 1 comes up.
+fn three_on_a_suspect() -> (LaneSender, Links) {
+    let (mut sender, mut links) = lane(LaneClass::Epoch, 1);
+    push(&mut sender, 3 * SEGMENT_BYTES_MAX, None);
+    while sender.next(index(0), &mut links, NOW).is_some() {}
+    let late = sender.next_wakeup(&links).unwrap();
+    assert_eq!(sender.tick(&mut links, late), [index(0)]);
+    links.up(index(1), NOW);
+    sender.link_up(index(1));
+    (sender, links)
+}
+
+#[test]
+fn an_overdue_link_is_told_once_and_its_segments_go_over_another_one() {
+    let (mut sender, mut links) = three_on_a_suspect();
+    assert_eq!(sender.next_wakeup(&links), None, "until something is known");
+    for offset in 0..3 {
+        let copy = sender.next(index(1), &mut links, NOW).unwrap();
+        assert!(copy.again);
+        assert_eq!(copy.header.offset, offset * SEGMENT_BYTES_MAX as u64);
+    }
+    assert_eq!(sender.next(index(1), &mut links, NOW), None);
+    assert_eq!(sender.repeated_bytes(), 3 * SEGMENT_BYTES_MAX as u64);
+}
+
+#[test]
+fn what_arrives_after_all_goes_out_no_more() {
+    let (mut sender, mut links) = three_on_a_suspect();
+    sender.next(index(1), &mut links, NOW).unwrap();
+    // The first is missing still, the second has come.
+    let two = ack(0, 2 * SEGMENT_BYTES_MAX as u64);
+    sender.acked(index(0), two, &mut links, NOW).unwrap();
+    let third = sender.next(index(1), &mut links, NOW).unwrap();
+    assert_eq!(third.header.offset, 2 * SEGMENT_BYTES_MAX as u64);
+    assert_eq!(sender.next(index(1), &mut links, NOW), None);
+}
+
+#[test]
+fn a_copy_lost_with_its_link_goes_again_though_a_suspect_one_has_it_too() {
+    let (mut sender, mut links) = three_on_a_suspect();
+    while sender.next(index(1), &mut links, NOW).is_some() {}
+    links.down(index(1), NOW);
+    sender.link_down(index(1));
+    links.up(index(1), NOW);
+    sender.link_up(index(1));
+    let copy = sender.next(index(1), &mut links, NOW).unwrap();
+    assert!(copy.again && copy.header.offset == 0);
+}
+
+#[test]
+fn a_link_held_back_is_used_at_once_if_it_is_the_only_one() {
+    let (mut sender, mut links) = lane(LaneClass::Epoch, 1);
+    push(&mut sender, 3 * SEGMENT_BYTES_MAX, None);
+    for _ in 0..3 {
+        assert!(sender.next(index(0), &mut links, NOW).is_some());
+        links.down(index(0), NOW);
+        sender.link_down(index(0));
+        links.up(index(0), NOW);
+        sender.link_up(index(0));
+    }
+    assert_eq!(links.health(index(0), NOW), LinkHealth::Suspect);
+    let mut offsets = Vec::new();
+    while let Some(segment) = sender.next(index(0), &mut links, NOW) {
+        offsets.push(segment.header.offset / SEGMENT_BYTES_MAX as u64);
+    }
+    assert_eq!(offsets, [0, 1, 2]);
+
+    // Another comes up: copies are due. Then the first is no longer held back.
+    links.up(index(1), NOW);
+    sender.link_up(index(1));
+    let copy = sender.next(index(1), &mut links, NOW).unwrap();
+    assert!(copy.again && copy.header.offset == 0);
+    let later = links.next_wakeup(NOW).unwrap();
+    assert_eq!(sender.next(index(1), &mut links, later), None);
 }
