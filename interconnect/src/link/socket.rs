@@ -371,40 +371,36 @@ mod tests {
         });
         let held = socket.hold();
         assert!(!socket.has_room());
-        socket
-            .try_send(&transmit(to, &packets(0, 10, 1000), Some(1000)))
-            .unwrap();
+        let send = |contents: &[u8], segment| socket.try_send(&transmit(to, contents, segment));
+        send(&packets(0, 10, 1000), Some(1000)).unwrap();
         assert!(socket.has_room());
-        socket
-            .try_send(&transmit(to, &packets(10, 10, 1000), Some(1000)))
-            .unwrap();
-        // A last one, shorter, ends the burst.
-        socket.try_send(&transmit(to, &[20; 300], None)).unwrap();
-        assert!(!socket.has_room());
         receiver.set_nonblocking(true).unwrap();
         assert!(receiver.recv(&mut [0; 10]).is_err(), "left too early");
         receiver.set_nonblocking(false).unwrap();
-        // One that may not share their fate sends them off and goes by itself.
-        socket.try_send(&transmit(to, &[21; 1200], None)).unwrap();
+        // One that is larger sends them off and goes by itself.
+        send(&[10; 1200], None).unwrap();
+        assert!(!socket.has_room());
+        send(&packets(11, 10, 1000), Some(1000)).unwrap();
+        send(&packets(21, 10, 1000), Some(1000)).unwrap();
+        // A last one, shorter, ends the burst.
+        send(&[31; 300], None).unwrap();
+        assert!(!socket.has_room());
         // Too much for one send: the first burst leaves, the second waits.
-        socket
-            .try_send(&transmit(to, &packets(22, 30, 1000), Some(1000)))
-            .unwrap();
-        socket
-            .try_send(&transmit(to, &packets(52, 40, 1000), Some(1000)))
-            .unwrap();
+        send(&packets(32, 30, 1000), Some(1000)).unwrap();
+        send(&packets(62, 30, 1000), Some(1000)).unwrap();
+        send(&packets(92, 30, 1000), Some(1000)).unwrap();
         drop(held);
         assert_eq!(socket.release(), Released::Sent);
         // Not held: at once.
-        socket.try_send(&transmit(to, &[92; 10], None)).unwrap();
-        let came = received(&receiver, 93);
+        send(&[122; 10], None).unwrap();
+        let came = received(&receiver, 123);
         let numbers: Vec<u8> = came.iter().map(|packet| packet.0).collect();
-        assert_eq!(numbers, (0..93).collect::<Vec<u8>>());
+        assert_eq!(numbers, (0..123).collect::<Vec<u8>>());
         for (number, bytes) in came {
             let expected = match number {
-                20 => 300,
-                21 => 1200,
-                92 => 10,
+                10 => 1200,
+                31 => 300,
+                122 => 10,
                 _ => 1000,
             };
             assert_eq!(bytes, expected, "packet {number}");
