@@ -15,5 +15,6 @@
 
 pub mod figure;
 pub mod load;
+pub mod pages;
 pub mod scene;
 pub mod wire;

@@ -71,11 +71,12 @@ impl Figures {
             length_us: of(|s| s.length_us),
             pages: of(|s| s.pages),
             wire_bytes: of(|s| s.wire_bytes),
+            encoding: None,
         })
     }
 }
 
-/// How many events a VM's log keeps.
+/// How many events the log of a VM or a pair keeps.
 pub const EVENTS_MAX: usize = 256;
 
 /// The ring of events.
