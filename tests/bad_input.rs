@@ -500,6 +500,7 @@ fn a_partner_with_the_wrong_identity_is_not_spoken_to() {
             &LinkConfig {
                 partner: host(partner),
                 fingerprint: fingerprint.into(),
+                next_fingerprint: None,
                 links,
             },
         )

@@ -88,6 +88,8 @@ fn drill(env: &mut LabEnv, kind: DrillKind, repeat: u32, service: Service) -> Dr
     let spec = DrillSpec {
         kind,
         repeat,
+        links: 2,
+        cut_before: false,
         load: load(),
         service,
         seed: seed.unwrap_or(since_boot),
@@ -191,6 +193,7 @@ impl Bench {
         let setting = Setting {
             load: load(),
             service: Service::Counter,
+            links: 2,
             audit: true,
         };
         env.prepare(&setting, pace().prepare_max).unwrap();

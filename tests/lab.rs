@@ -6,7 +6,7 @@
 
 use pollux::lab::{
     DaemonState, HostPower, KeepPolicy, Lab, LabError, LabSpec, MonotonicNs, OUTSIDE, Place,
-    TakenDown, in_network, take_down,
+    TakenDown, Wiring, in_network, take_down,
 };
 use pollux::pool::HostName;
 use std::io::{ErrorKind, Read};
@@ -298,6 +298,58 @@ fn a_cut_link_is_silent_and_heals() {
             .to_string()
             .contains("private link 1")
     );
+}
+
+/// The carrier of host `a`'s end of its private link, as its kernel sees it.
+fn carrier(lab: &Lab) -> String {
+    let out = lab
+        .command(&at("a"), &["ip", "-o", "link", "show", "dev", "ic0"])
+        .output()
+        .unwrap();
+    String::from_utf8(out.stdout).unwrap()
+}
+
+#[test]
+fn an_unplugged_link_has_no_carrier_and_a_slowed_one_drops() {
+    let tmp = tempfile::tempdir().unwrap();
+    let lab = Lab::up(spec(tmp.path())).unwrap();
+    let (a, b) = (host("a"), host("b"));
+    let (udp_a, udp_b) = private_pair(&lab);
+    assert!(passes(&udp_a, &udp_b, 100) && !carrier(&lab).contains("NO-CARRIER"));
+    lab.unplug_link(&a, &b, 0).unwrap();
+    eventually("no carrier", || carrier(&lab).contains("NO-CARRIER"));
+    let link = &lab.status().unwrap().links[0];
+    assert!(link.cut && link.wiring == Wiring::Unplugged);
+    lab.heal_link(&a, &b, 0).unwrap();
+    eventually("it passes again", || {
+        let _ = udp_a.send(&[7; 100]);
+        matches!(udp_b.recv(&mut [0; 200]), Ok(100))
+    });
+
+    // 64 KiB/s: of 2 MB at once all but the burst and 50 ms are dropped, after a power
+    // cycle as well.
+    lab.shape_link(&a, &b, 0, Some(64 << 10)).unwrap();
+    lab.power_cut(&b).unwrap();
+    lab.power_on(&b).unwrap();
+    drop((udp_a, udp_b));
+    let (udp_a, udp_b) = private_pair(&lab);
+    eventually("it passes", || {
+        let _ = udp_a.send(&[7; 100]);
+        matches!(udp_b.recv(&mut [0; 200]), Ok(100))
+    });
+    let flood = || {
+        for _ in 0..250 {
+            let _ = udp_a.send(&[1; 8000]);
+        }
+        let mut buffer = [0; 9000];
+        std::iter::from_fn(|| udp_b.recv(&mut buffer).ok()).sum::<usize>()
+    };
+    let got = flood();
+    assert!(got < 500_000, "{got} bytes of 2,000,000");
+    assert_eq!(lab.status().unwrap().links[0].bytes_per_s, Some(64 << 10));
+    lab.shape_link(&a, &b, 0, None).unwrap();
+    lab.shape_link(&a, &b, 0, None).unwrap();
+    assert!(passes(&udp_a, &udp_b, 8000));
 }
 
 #[test]

@@ -47,6 +47,7 @@ impl Scene {
         let setting = Setting {
             load,
             service: Service::Counter,
+            links: 1,
             audit: false,
         };
         let hosts = env

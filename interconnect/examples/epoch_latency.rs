@@ -5,7 +5,7 @@
 //! they compete, so two hosts do better than this.
 
 use bytes::Bytes;
-use interconnect::codec::{CompressMode, Page};
+use interconnect::codec::{CodecChoice, EncodePolicy, LinkFacts, Page};
 use interconnect::epoch::{EpochAssembler, EpochLimits, EpochMeta, EpochWriter};
 use interconnect::frame::{Frame, FrameKind};
 use interconnect::identity::Identity;
@@ -67,9 +67,9 @@ fn main() -> Main<()> {
     let raw = std::env::args().nth(2).is_some_and(|mode| mode == "raw");
     let page_count = std::env::args().nth(3).map_or(Ok(200), |n| n.parse())?;
     let mode = if raw {
-        CompressMode::Raw
+        EncodePolicy::v1(CodecChoice::Raw)
     } else {
-        CompressMode::Adaptive
+        EncodePolicy::default()
     };
     let (id_a, id_b) = (
         Arc::new(Identity::generate()?),
@@ -157,7 +157,7 @@ fn main() -> Main<()> {
     let mut wire_bytes = 0;
     for n in 1..=EPOCHS {
         let begin = Instant::now();
-        writer.begin(Epoch(n));
+        writer.begin(Epoch(n), LinkFacts::default());
         let mut send = |frame: Frame| {
             if n == EPOCHS {
                 wire_bytes += frame.wire_bytes();

@@ -28,3 +28,4 @@ pub mod identity;
 pub mod ids;
 pub mod lane;
 pub mod link;
+pub mod probe;

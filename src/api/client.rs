@@ -180,11 +180,13 @@ pub async fn pin_both(
     let to_b = LinkConfig {
         partner: b.name.clone(),
         fingerprint: b.fingerprint.clone(),
+        next_fingerprint: None,
         links: links.to_vec(),
     };
     let to_a = LinkConfig {
         partner: a.name.clone(),
         fingerprint: a.fingerprint.clone(),
+        next_fingerprint: None,
         links: links.iter().map(|l| l.mirrored()).collect(),
     };
     let _: Done = here.post("/v1/links", &to_b).await?;

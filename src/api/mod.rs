@@ -4,6 +4,7 @@
 //! outside a daemon (commands, lab, drills) knows this room and nothing of the daemon.
 
 pub mod client;
+pub mod links;
 pub mod types;
 
 /// Where a daemon listens unless its configuration says otherwise.

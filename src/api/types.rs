@@ -58,8 +58,11 @@ pub struct PartnerStatus {
     pub last_error: Option<String>,
     /// False if the heartbeat thread could not get real-time priority.
     pub realtime: bool,
-    /// Local and peer address of the link in use.
+    /// Local and peer address of the first link that is not down.
     pub link: Option<String>,
+    /// State of each link, in the order of `pollux link create`.
+    #[serde(default)]
+    pub links: Vec<super::links::LinkHealth>,
 }
 
 /// Which side of a VM this host is.
@@ -197,6 +200,9 @@ pub struct EpochFigures {
     pub pages: Percentiles,
     /// Bytes an epoch on the wire.
     pub wire_bytes: Percentiles,
+    /// What the encoder made of them; None before it has said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<super::links::EncodeFigures>,
 }
 
 /// How many epochs [`EpochFigures`] looks back.
@@ -250,6 +256,9 @@ pub struct LinkConfig {
     pub partner: HostName,
     /// The partner's fingerprint, `sha256:` and 64 hex digits.
     pub fingerprint: String,
+    /// A second one, while the partner changes its key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_fingerprint: Option<String>,
     /// The physical links, best first.
     pub links: Vec<LinkAddrs>,
 }

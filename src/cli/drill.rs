@@ -32,6 +32,12 @@ pub(super) struct Run {
     /// Pages per second that the guest's memory worker dirties.
     #[arg(long, default_value_t = 2000)]
     mem_pages: u32,
+    /// Private links of the pair.
+    #[arg(long, default_value_t = 2)]
+    links: u8,
+    /// Cut one of the links, in the calm time before the failure; it heals with the rest.
+    #[arg(long)]
+    cut_before: bool,
     /// Full-size packets through the guest meanwhile.
     #[arg(long)]
     net: bool,
@@ -71,6 +77,12 @@ enum Kind {
     FreezeHost,
     /// A planned swap of the roles.
     Switchover,
+    /// One private link of several is cut and comes back, perhaps another one after it;
+    /// the VM is to stay mirrored.
+    CutOneLink,
+    /// One private link of several carries next to nothing for a while; the VM is to stay
+    /// mirrored.
+    SlowLink,
 }
 
 impl From<Kind> for DrillKind {
@@ -81,6 +93,8 @@ impl From<Kind> for DrillKind {
             Kind::CutLink => Self::CutLink,
             Kind::FreezeHost => Self::FreezeHost,
             Kind::Switchover => Self::Switchover,
+            Kind::CutOneLink => Self::CutOneLink,
+            Kind::SlowLink => Self::SlowLink,
         }
     }
 }
@@ -110,6 +124,8 @@ pub(super) fn run(command: DrillCommand, json: bool) -> anyhow::Result<ExitCode>
     let spec = DrillSpec {
         kind: run.kind.into(),
         repeat: run.repeat,
+        links: run.links,
+        cut_before: run.cut_before,
         load: Load {
             clients: run.clients,
             disk_iops: run.disk_iops,
@@ -152,6 +168,8 @@ pub(super) fn demo(json: bool) -> anyhow::Result<ExitCode> {
     let spec = DrillSpec {
         kind: DrillKind::KillHost,
         repeat: 1,
+        links: 1,
+        cut_before: false,
         load: Load {
             clients: 2,
             disk_iops: 200,

@@ -91,6 +91,7 @@ pub(super) fn run(command: LinkCommand, client: &Client, json: bool) -> anyhow::
                     let link = LinkConfig {
                         partner,
                         fingerprint,
+                        next_fingerprint: None,
                         links,
                     };
                     let _: Done = block(client.post("/v1/links", &link))?;

@@ -1,8 +1,9 @@
 //! What the two sides of a mirrored VM say to each other on the control lane.
 //!
-//! JSON in a control frame whose header carries the VM and the sender's generation.
+//! So do two hosts about their own keys. JSON in a control frame whose header carries the VM and the sender's generation.
 //! Epochs and their acknowledgements are frames of their own; nothing here is per epoch.
 
+use interconnect::identity::Fingerprint;
 use serde::{Deserialize, Serialize};
 
 /// One message.
@@ -52,6 +53,23 @@ pub enum ControlMsg {
     },
     /// Primary to standby: not needed any more.
     Dismiss,
+    /// Host to partner, about no VM: it is going to show this identity too. Pin it beside
+    /// the one in use, and answer `NewKeyPinned`.
+    NewKey {
+        /// Of the identity to come.
+        fingerprint: Fingerprint,
+    },
+    /// The answer, once the pin would survive a crash.
+    NewKeyPinned {
+        /// The one asked for.
+        fingerprint: Fingerprint,
+    },
+    /// Host to partner, about no VM: from now on it shows this identity and no other. Drop
+    /// every other pin of it.
+    OnlyKey {
+        /// Of the identity in use.
+        fingerprint: Fingerprint,
+    },
 }
 
 impl ControlMsg {

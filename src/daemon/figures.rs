@@ -71,6 +71,7 @@ impl Figures {
             length_us: of(|s| s.length_us),
             pages: of(|s| s.pages),
             wire_bytes: of(|s| s.wire_bytes),
+            encoding: None,
         })
     }
 }

@@ -4,6 +4,7 @@
 use super::clock::now_ns;
 use super::control::ControlMsg;
 use super::worker::{Peer, Routes, WorkerEvent};
+use crate::api::links::LinkHealth;
 use crate::api::types::LinkConfig;
 use crate::api::types::PartnerStatus;
 use crate::mirror::Verdict;
@@ -177,7 +178,16 @@ impl Partner {
             link: link
                 .and_then(|l| l.path)
                 .map(|(local, peer)| format!("{local} - {peer}")),
+            links: stats.links.iter().map(|l| health(l.state)).collect(),
         }
+    }
+}
+
+fn health(state: LinkState) -> LinkHealth {
+    match state {
+        LinkState::Down => LinkHealth::Down,
+        LinkState::Suspect => LinkHealth::Suspect,
+        LinkState::Up => LinkHealth::Up,
     }
 }
 

@@ -65,6 +65,8 @@ pub struct Setting {
     pub load: Load,
     /// The service the guest must answer on.
     pub service: Service,
+    /// Private links between the two hosts.
+    pub links: u8,
     /// After every promotion compare memory and disks with the committed checkpoint.
     pub audit: bool,
 }
@@ -189,6 +191,14 @@ pub struct VmView {
     pub events: Vec<EventView>,
 }
 
+impl VmView {
+    /// Whether that host runs the VM.
+    #[must_use]
+    pub const fn runs(&self) -> bool {
+        matches!(self.role, Role::Primary | Role::Solo)
+    }
+}
+
 /// A client process with pipes; it ends when `input` is closed.
 pub struct ClientPipes {
     /// Closing it tells the client to finish its requests and end.
@@ -198,6 +208,22 @@ pub struct ClientPipes {
     /// To wait for, where it is a process.
     pub child: Option<Child>,
 }
+
+/// What is done to one private link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LinkHarm {
+    /// What is sent on it is lost in silence: no end sees an error.
+    Silent,
+    /// Its cable is out: both ends lose their carrier.
+    Unplugged,
+    /// It carries no more than [`SLOW_LINK_BYTES_PER_S`] each way.
+    Slow,
+}
+
+/// What a slowed link still carries: a tenth of what the drill's default load puts on the
+/// wire (some 10 MB/s), and enough for a connection to stand.
+pub const SLOW_LINK_BYTES_PER_S: u64 = 1_000_000;
 
 /// The counter's records found on a disk: numbers whose record is whole.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -214,7 +240,8 @@ pub struct DiskRecords {
 /// Carries out what a drill decides. Calls come one at a time, in this order:
 /// `prepare`; `spawn_client`; `protect`; then per run `wait_mirrored`, `views`
 /// (repeatedly), `inject`, `wait_running`, `audit`, `repair`; at the end
-/// `disk_records` and `finish`.
+/// `disk_records` and `finish`. Where a single link fails, `harm_link`, `heal_link` and
+/// `link_carries` come instead of `inject` to `repair`, or before `inject`.
 ///
 /// Every wait has a limit given by the drill; a method that cannot do its work in it
 /// returns an error that says what it waited for and what it saw instead.
@@ -257,6 +284,24 @@ pub trait DrillEnv {
     /// # Errors
     /// If it could not be done.
     fn inject(&mut self, kind: DrillKind, primary: &HostName) -> Result<MonotonicNs, EnvError>;
+
+    /// Does something to private link `link` of the pair; returns the instant it took effect.
+    ///
+    /// # Errors
+    /// If it could not be done.
+    fn harm_link(&mut self, link: u8, harm: LinkHarm) -> Result<MonotonicNs, EnvError>;
+
+    /// Undoes everything that was done to private link `link`; returns the instant.
+    ///
+    /// # Errors
+    /// If it could not be done.
+    fn heal_link(&mut self, link: u8) -> Result<MonotonicNs, EnvError>;
+
+    /// Whether both hosts say that private link `link` carries; none if they do not tell.
+    ///
+    /// # Errors
+    /// If no host can be asked.
+    fn link_carries(&mut self, link: u8) -> Result<Option<bool>, EnvError>;
 
     /// Waits until exactly one side runs the VM in a later generation than
     /// `generation` and returns that side's view, its `last_failover` filled. After a

@@ -10,6 +10,7 @@ pub mod client;
 mod clients;
 pub mod env;
 pub mod lab_env;
+pub mod links;
 pub mod log;
 pub mod report;
 pub mod run;
@@ -38,6 +39,18 @@ pub enum DrillKind {
     FreezeHost,
     /// A planned role swap.
     Switchover,
+    /// One private link of several is cut and comes back, perhaps another one after it.
+    CutOneLink,
+    /// One private link of several carries next to nothing for a while.
+    SlowLink,
+}
+
+impl DrillKind {
+    /// Whether the VM is to stay mirrored where it is: such a failure is none to the guest.
+    #[must_use]
+    pub const fn vm_stays(self) -> bool {
+        matches!(self, Self::CutOneLink | Self::SlowLink)
+    }
 }
 
 /// What to rehearse.
@@ -47,6 +60,11 @@ pub struct DrillSpec {
     pub kind: DrillKind,
     /// How many times in a row, each followed by re-protection; 1 or more.
     pub repeat: u32,
+    /// Private links of the pair, 1 or more; 2 or more where one of several fails.
+    pub links: u8,
+    /// Also cut one link in the calm time before the failure, so that it meets a pair with
+    /// a link less; needs 2 or more links.
+    pub cut_before: bool,
     /// The load meanwhile.
     pub load: Load,
     /// The service the clients use.

@@ -7,6 +7,7 @@ use super::checks::{
     NumberCheck, check_numbers, longest_gap, longest_gap_within, missing_on_disk, silent_since,
 };
 use super::env::{AuditView, DiskRecords, FailoverView, PauseView, Quantiles, Role, VmView};
+use super::links::{LinkFacts, LinkReport, judge};
 use super::log::ClientLog;
 use super::stats::{micros, quantiles};
 use super::{DrillKind, DrillSpec, MonotonicNs};
@@ -37,6 +38,8 @@ pub struct RunFacts {
     pub after: Option<VmView>,
     /// The result of the audit, if one was made.
     pub audit: Option<AuditView>,
+    /// What was done to single links, in order; empty if nothing was.
+    pub links: Vec<LinkFacts>,
     /// The clients were watched until then.
     pub watched_until_ns: MonotonicNs,
     /// From the repair until the VM was mirrored again; none if it was not.
@@ -101,6 +104,8 @@ pub struct RunReport {
     pub audit: Option<AuditView>,
     /// From the repair until mirrored again.
     pub reprotected_us: Option<u64>,
+    /// What single links did, in order.
+    pub links: Vec<LinkReport>,
     /// Why this run is not good; empty if it is.
     pub failures: Vec<String>,
 }
@@ -263,10 +268,44 @@ fn run_report(spec: &DrillSpec, number: usize, facts: &RunFacts, log: &ClientLog
     let at = |field: fn(&FailoverView) -> MonotonicNs| failover.as_ref().map(field);
     let gap = longest_gap(&log.answers, facts.injected_ns, facts.watched_until_ns);
     let running = at(|f| f.running_ns).filter(|t| t.0 > 0);
+    let failures = if spec.kind.vm_stays() {
+        judge(facts, log)
+    } else {
+        judge_failover(spec, facts, log)
+    };
+    RunReport {
+        run: number,
+        from: facts.before.host.clone(),
+        to: facts.after.as_ref().map(|v| v.host.clone()),
+        detection_us: stage(Some(facts.injected_ns), at(|f| f.suspected_at_ns)),
+        claim_us: stage(at(|f| f.suspected_at_ns), at(|f| f.claim_won_ns)),
+        takeover_us: stage(at(|f| f.claim_won_ns), at(|f| f.running_ns)),
+        promotion_us: stage(at(|f| f.promote_started_ns), at(|f| f.running_ns))
+            .map(|us| us.saturating_sub(facts.audit.map_or(0, |a| a.audit_us))),
+        client_us: stage(running, gap.map(|g| g.to_ns)),
+        blackout_us: gap.map(super::checks::Gap::us),
+        calm_gap_us: longest_gap_within(&log.answers, facts.calm.from_ns, facts.calm.to_ns)
+            .map(super::checks::Gap::us),
+        from_epoch: failover.as_ref().map(|f| f.from_epoch),
+        lag: quantiles(facts.lag_us.clone()),
+        pause: facts.before.pause,
+        commit: facts.before.commit,
+        epochs: facts.before.epochs,
+        audit: facts.audit,
+        reprotected_us: facts.reprotected_us,
+        links: facts.links.iter().map(LinkFacts::report).collect(),
+        failures,
+    }
+}
+
+/// Why a run in which the VM should have lived on elsewhere is not good; empty if it is.
+fn judge_failover(spec: &DrillSpec, facts: &RunFacts, log: &ClientLog) -> Vec<String> {
     let mut failures = facts.trouble.clone();
     match &facts.after {
         None => failures.push("no host went on running the VM".into()),
         Some(after) => {
+            let failover = after.last_failover.as_ref();
+            let running = failover.map(|f| f.running_ns).filter(|t| t.0 > 0);
             let silent = silent_since(
                 &log.answers,
                 log.clients,
@@ -284,9 +323,7 @@ fn run_report(spec: &DrillSpec, number: usize, facts: &RunFacts, log: &ClientLog
                     facts.before.generation, after.generation
                 ));
             }
-            let promoted = failover
-                .as_ref()
-                .is_some_and(|f| f.promote_started_ns.0 > 0);
+            let promoted = failover.is_some_and(|f| f.promote_started_ns.0 > 0);
             let must_move = spec.kind != DrillKind::CutLink;
             if must_move && after.host == facts.before.host {
                 failures.push(format!("the VM did not leave host `{}`", after.host));
@@ -315,28 +352,7 @@ fn run_report(spec: &DrillSpec, number: usize, facts: &RunFacts, log: &ClientLog
     if facts.reprotected_us.is_none() {
         failures.push("the VM was not mirrored again".into());
     }
-    RunReport {
-        run: number,
-        from: facts.before.host.clone(),
-        to: facts.after.as_ref().map(|v| v.host.clone()),
-        detection_us: stage(Some(facts.injected_ns), at(|f| f.suspected_at_ns)),
-        claim_us: stage(at(|f| f.suspected_at_ns), at(|f| f.claim_won_ns)),
-        takeover_us: stage(at(|f| f.claim_won_ns), at(|f| f.running_ns)),
-        promotion_us: stage(at(|f| f.promote_started_ns), at(|f| f.running_ns))
-            .map(|us| us.saturating_sub(facts.audit.map_or(0, |a| a.audit_us))),
-        client_us: stage(running, gap.map(|g| g.to_ns)),
-        blackout_us: gap.map(super::checks::Gap::us),
-        calm_gap_us: longest_gap_within(&log.answers, facts.calm.from_ns, facts.calm.to_ns)
-            .map(super::checks::Gap::us),
-        from_epoch: failover.as_ref().map(|f| f.from_epoch),
-        lag: quantiles(facts.lag_us.clone()),
-        pause: facts.before.pause,
-        commit: facts.before.commit,
-        epochs: facts.before.epochs,
-        audit: facts.audit,
-        reprotected_us: facts.reprotected_us,
-        failures,
-    }
+    failures
 }
 
 fn rate(log: &ClientLog, windows: &[Window]) -> Rate {

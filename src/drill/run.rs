@@ -4,6 +4,7 @@
 use super::client::{ClientOptions, Mode};
 use super::clients::Clients;
 use super::env::{DrillEnv, EnvError, Setting, VmView};
+use super::links::LinkPlan;
 use super::report::{DrillReport, Facts, RunFacts, Window};
 use super::stats::{Rng, micros};
 use super::{DrillSpec, MonotonicNs, Service};
@@ -31,6 +32,9 @@ pub struct Pace {
     pub baseline: Duration,
     /// The failure comes at a random moment this long after the VM is mirrored: from, to.
     pub calm: (Duration, Duration),
+    /// A link that fails alone does so for a random time: from, to. From shorter than a
+    /// silent loss takes to be noticed to longer than the quinn session of it lives.
+    pub harm: (Duration, Duration),
     /// Between two looks at the replication lag and at the clients' log.
     pub look_every: Duration,
 }
@@ -44,6 +48,7 @@ impl Default for Pace {
             audit_max: Duration::from_secs(60),
             baseline: Duration::from_secs(3),
             calm: (Duration::from_secs(1), Duration::from_secs(3)),
+            harm: (Duration::from_millis(100), Duration::from_millis(2500)),
             look_every: Duration::from_millis(20),
         }
     }
@@ -86,6 +91,12 @@ pub fn run_paced(
             "use a repeat of 1 or more and 1 to {most} clients"
         )));
     }
+    if spec.links < 2 && (spec.kind.vm_stays() || spec.cut_before) {
+        return Err(DrillError::Spec(format!(
+            "a pair with {} links has none to spare: use 2 links or more",
+            spec.links
+        )));
+    }
     let facts = Drill {
         spec,
         pace,
@@ -115,6 +126,7 @@ impl Drill<'_> {
             load: spec.load.clone(),
             service: spec.service,
             audit: spec.audit,
+            links: spec.links,
         };
         self.say("starting hosts and guest");
         self.env.prepare(&setting, self.pace.prepare_max)?;
@@ -158,7 +170,7 @@ impl Drill<'_> {
         for number in 1..=spec.repeat {
             let Some(before) = mirrored.take() else { break };
             let moment = rng.duration(self.pace.calm.0, self.pace.calm.1);
-            match self.one_run(number, before, moment, &clients) {
+            match self.one_run(number, before, moment, &mut rng, &clients) {
                 Ok((run, again)) => {
                     facts.runs.push(run);
                     mirrored = again;
@@ -197,63 +209,31 @@ impl Drill<'_> {
         number: u32,
         before: VmView,
         moment: Duration,
+        rng: &mut Rng,
         clients: &Clients,
     ) -> Result<(RunFacts, Option<VmView>), EnvError> {
         let kind = self.spec.kind;
+        let links = self.spec.links;
         self.say(&format!(
             "run {number} of {}: mirrored from {}; {} comes",
             self.spec.repeat,
             before.host,
             kind.name()
         ));
-        let host = before.host;
-        let calm_from = MonotonicNs::now();
-        let end = Instant::now() + moment;
-        let mut lag_us = Vec::new();
-        let mut newest = None;
-        while Instant::now() < end {
-            if let Some(view) = self.env.views()?.into_iter().find(|v| v.host == host) {
-                lag_us.push(view.lag_us);
-                newest = Some(view);
-            }
-            std::thread::sleep(
-                self.pace
-                    .look_every
-                    .min(end.saturating_duration_since(Instant::now())),
-            );
+        if kind.vm_stays() {
+            let plans = LinkPlan::of_run(kind, links, rng, self.pace.harm);
+            let run = self.calm(&before, moment, None)?;
+            return self.link_run(run, &plans, clients);
         }
-        let Some(mut before) = newest else {
-            return Err(EnvError::new(
-                format!("watching host `{host}`"),
-                "it does not tell about the VM",
-            ));
-        };
-        let mirror_lost = !before.mirrored;
-        if mirror_lost {
-            // Only a mirrored VM is promised to live on.
-            let last = before.events.last().map_or("", |e| e.text.as_str());
-            self.say(&format!(
-                "the mirror was lost on its own ({last}); waiting for it"
-            ));
-            before = self.env.wait_mirrored(self.pace.mirror_max)?;
-        }
-        let host = before.host.clone();
+        let cut = self
+            .spec
+            .cut_before
+            .then(|| LinkPlan::before_failure(links, rng, moment));
+        let mut run = self.calm(&before, moment, cut)?;
+        let host = run.before.host.clone();
         let injected_ns = self.env.inject(kind, &host)?;
-        let mut run = RunFacts {
-            calm: Window {
-                from_ns: calm_from,
-                to_ns: injected_ns,
-            },
-            lag_us,
-            injected_ns,
-            after: None,
-            audit: None,
-            watched_until_ns: injected_ns,
-            reprotected_us: None,
-            mirror_lost,
-            trouble: Vec::new(),
-            before,
-        };
+        run.injected_ns = injected_ns;
+        run.calm.to_ns = injected_ns;
         match self
             .env
             .wait_running(run.before.generation, self.pace.failover_max)
@@ -291,11 +271,80 @@ impl Drill<'_> {
         Ok((run, again))
     }
 
+    /// Mirrored and undisturbed for `moment`, less one link if `cut` says so: the facts of
+    /// a run whose failure is yet to come.
+    fn calm(
+        &mut self,
+        before: &VmView,
+        moment: Duration,
+        mut cut: Option<LinkPlan>,
+    ) -> Result<RunFacts, EnvError> {
+        let host = before.host.clone();
+        let from_ns = MonotonicNs::now();
+        let begun = Instant::now();
+        let mut lag_us = Vec::new();
+        let mut newest: Option<VmView> = None;
+        while begun.elapsed() < moment {
+            if let Some(plan) = cut.take_if(|plan| begun.elapsed() >= plan.after) {
+                self.say(&format!("link {} first: {:?}", plan.link, plan.harm));
+                self.env.harm_link(plan.link, plan.harm)?;
+            }
+            if let Some(view) = self.env.views()?.into_iter().find(|v| v.host == host) {
+                lag_us.push(view.lag_us);
+                newest = Some(view);
+            }
+            std::thread::sleep(
+                self.pace
+                    .look_every
+                    .min(moment.saturating_sub(begun.elapsed())),
+            );
+        }
+        let Some(mut newest) = newest else {
+            return Err(EnvError::new(
+                format!("watching host `{host}`"),
+                "it does not tell about the VM",
+            ));
+        };
+        let mut trouble = Vec::new();
+        let mirror_lost = !newest.mirrored || newest.generation != before.generation;
+        if mirror_lost {
+            // Only a mirrored VM is promised to live on.
+            let last = newest.events.last().map_or("", |e| e.text.as_str());
+            let lost = format!("the mirror was lost on its own ({last})");
+            self.say(&format!("{lost}; waiting for it"));
+            if self.spec.cut_before {
+                trouble.push(format!("{lost}, with one link cut"));
+            }
+            newest = self.env.wait_mirrored(self.pace.mirror_max)?;
+        }
+        let to_ns = MonotonicNs::now();
+        Ok(RunFacts {
+            before: newest,
+            calm: Window { from_ns, to_ns },
+            lag_us,
+            injected_ns: to_ns,
+            after: None,
+            audit: None,
+            links: Vec::new(),
+            watched_until_ns: to_ns,
+            reprotected_us: None,
+            mirror_lost,
+            trouble,
+        })
+    }
+
     fn reprotect(&mut self, run: &mut RunFacts, failed: &crate::pool::HostName) -> Option<VmView> {
         let repaired = Instant::now();
-        let mirrored = self
-            .env
-            .repair(self.spec.kind, failed)
+        let links = 0..if self.spec.cut_before {
+            self.spec.links
+        } else {
+            0
+        };
+        let healed: Result<(), EnvError> = links
+            .into_iter()
+            .try_for_each(|link| self.env.heal_link(link).map(|_| ()));
+        let mirrored = healed
+            .and_then(|()| self.env.repair(self.spec.kind, failed))
             .and_then(|()| self.env.wait_mirrored(self.pace.mirror_max));
         match mirrored {
             Ok(view) => {
@@ -321,5 +370,6 @@ impl Drill<'_> {
     }
 }
 
+mod links;
 #[cfg(test)]
 mod tests;

@@ -15,6 +15,8 @@ impl DrillKind {
             Self::CutLink => "cut-link",
             Self::FreezeHost => "freeze-host",
             Self::Switchover => "switchover",
+            Self::CutOneLink => "cut-one-link",
+            Self::SlowLink => "slow-link",
         }
     }
 
@@ -25,6 +27,8 @@ impl DrillKind {
             Self::CutLink => "the interconnect of the two hosts was cut",
             Self::FreezeHost => "the host that ran the VM stood still, and later went on",
             Self::Switchover => "the VM was moved to its standby on purpose",
+            Self::CutOneLink => "one link of the interconnect was cut and came back",
+            Self::SlowLink => "one link of the interconnect carried next to nothing for a while",
         }
     }
 }
@@ -48,22 +52,8 @@ fn line(out: &mut String, what: &str, q: &Quantiles) {
     );
 }
 
-/// The report as text, ended by the verdict.
-#[must_use]
-pub fn table(report: &DrillReport) -> String {
-    let mut out = String::new();
-    let kind = report.spec.kind;
-    let times = if report.runs.len() == 1 {
-        "once".into()
-    } else {
-        format!("{} times", report.runs.len())
-    };
-    let _ = writeln!(
-        out,
-        "Drill {}: {}, {times}, with clients connected.\n",
-        kind.name(),
-        kind.sentence()
-    );
+/// What became of the VM in each run.
+fn failovers(out: &mut String, report: &DrillReport) {
     let _ = writeln!(
         out,
         "  {:<4} {:<10} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}  {:<15} {:>11}",
@@ -107,6 +97,71 @@ pub fn table(report: &DrillReport) -> String {
          blackout: from the last answer before to the first after. audit: all memory and disk of\n  \
          the promoted VM against the last checkpoint, and the time that took.\n\n",
     );
+}
+
+/// What became of single links in each run, and of the VM meanwhile.
+fn links(out: &mut String, report: &DrillReport) {
+    let _ = writeln!(
+        out,
+        "  {:<4} {:<5} {:<10} {:>11} {:>11} {:>11} {:>13} {:>13} {:>11} {:>11}",
+        "run",
+        "link",
+        "harm",
+        "for",
+        "back in",
+        "worst lag",
+        "usual epoch",
+        "worst epoch",
+        "blackout",
+        "before it"
+    );
+    for run in &report.runs {
+        for link in &run.links {
+            let _ = writeln!(
+                out,
+                "  {:<4} {:<5} {:<10} {:>11} {:>11} {:>11} {:>13} {:>13} {:>11} {:>11}",
+                run.run,
+                link.link,
+                format!("{:?}", link.harm).to_lowercase(),
+                ms(link.harmed_us),
+                ms_or(link.back_us),
+                ms(link.lag.max_us),
+                ms(link.epoch_usual_us),
+                ms_or(link.epoch_worst_us),
+                ms_or(run.blackout_us),
+                ms_or(run.calm_gap_us),
+            );
+        }
+    }
+    out.push_str(
+        "\n  back in: from the repair until both hosts said that the link carries again; worst lag:\n  \
+         the oldest that the newest committed epoch was meanwhile; epoch: from the guest's resume to\n  \
+         the standby's acknowledgement (worst: while the link was harmed; - if one before was slower);\n  \
+         blackout: the longest that a client waited, before it: in the calm time before.\n\n",
+    );
+}
+
+/// The report as text, ended by the verdict.
+#[must_use]
+pub fn table(report: &DrillReport) -> String {
+    let mut out = String::new();
+    let kind = report.spec.kind;
+    let times = if report.runs.len() == 1 {
+        "once".into()
+    } else {
+        format!("{} times", report.runs.len())
+    };
+    let _ = writeln!(
+        out,
+        "Drill {}: {}, {times}, with clients connected.\n",
+        kind.name(),
+        kind.sentence()
+    );
+    if kind.vm_stays() {
+        links(&mut out, report);
+    } else {
+        failovers(&mut out, report);
+    }
     line(&mut out, "blackout as clients saw it", &report.blackout);
     line(&mut out, "replication lag", &report.lag);
     line(&mut out, "pause per checkpoint", &report.pause.total);

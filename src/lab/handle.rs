@@ -4,7 +4,7 @@ use super::clock::MonotonicNs;
 use super::dir::{self, Found, TakenDown};
 use super::spec::{HostNet, KeepPolicy, LabPlan, LabSpec, Place, check_name, default_dir};
 use super::wire::{
-    Addressed, LabStatus, LinkName, Process, Reply, Request, kill_peer, receive, send,
+    Addressed, LabStatus, LinkName, Process, Reply, Request, Wiring, kill_peer, receive, send,
 };
 use super::{EXEC_COMMAND, KEEPER_COMMAND, LabError, net};
 use crate::pool::HostName;
@@ -309,7 +309,43 @@ impl Lab {
     /// # Errors
     /// [`LabError::Keeper`] if there is no such link.
     pub fn cut_link(&self, a: &HostName, b: &HostName, index: u8) -> Result<MonotonicNs, LabError> {
-        self.set_private(a, b, index, false)
+        self.set_private(a, b, index, Wiring::Silent)
+    }
+
+    /// Pulls the cable of private link `index` of two hosts: both lose their carrier.
+    ///
+    /// # Errors
+    /// [`LabError::Keeper`] if there is no such link.
+    pub fn unplug_link(
+        &self,
+        a: &HostName,
+        b: &HostName,
+        index: u8,
+    ) -> Result<MonotonicNs, LabError> {
+        self.set_private(a, b, index, Wiring::Unplugged)
+    }
+
+    /// Lets private link `index` of two hosts carry this many bytes a second each way, or
+    /// all it can.
+    ///
+    /// # Errors
+    /// [`LabError::Keeper`] if there is no such link, or `tc` refuses.
+    pub fn shape_link(
+        &self,
+        a: &HostName,
+        b: &HostName,
+        index: u8,
+        bytes_per_s: Option<u64>,
+    ) -> Result<MonotonicNs, LabError> {
+        self.plan.host(b)?;
+        self.act(a, |a| Request::ShapeLink {
+            link: LinkName::Private {
+                a,
+                b: b.clone(),
+                index,
+            },
+            bytes_per_s,
+        })
     }
 
     /// Heals it.
@@ -322,7 +358,7 @@ impl Lab {
         b: &HostName,
         index: u8,
     ) -> Result<MonotonicNs, LabError> {
-        self.set_private(a, b, index, true)
+        self.set_private(a, b, index, Wiring::Well)
     }
 
     /// Cuts a host off the lan (its VMs and management address), private links stay.
@@ -332,7 +368,7 @@ impl Lab {
     pub fn cut_lan(&self, host: &HostName) -> Result<MonotonicNs, LabError> {
         self.act(host, |host| Request::SetLink {
             link: LinkName::Lan(host),
-            up: false,
+            wiring: Wiring::Silent,
         })
     }
 
@@ -343,7 +379,7 @@ impl Lab {
     pub fn heal_lan(&self, host: &HostName) -> Result<MonotonicNs, LabError> {
         self.act(host, |host| Request::SetLink {
             link: LinkName::Lan(host),
-            up: true,
+            wiring: Wiring::Well,
         })
     }
 
@@ -352,7 +388,7 @@ impl Lab {
         a: &HostName,
         b: &HostName,
         index: u8,
-        up: bool,
+        wiring: Wiring,
     ) -> Result<MonotonicNs, LabError> {
         self.plan.host(b)?;
         self.act(a, |a| Request::SetLink {
@@ -361,7 +397,7 @@ impl Lab {
                 b: b.clone(),
                 index,
             },
-            up,
+            wiring,
         })
     }
 

@@ -14,7 +14,7 @@ use super::power::{INIT_TIMEOUT, ask, pidfd_open};
 use super::spec::{KeepPolicy, LabPlan, OUTSIDE};
 use super::wire::{
     Addressed, DaemonState, HostPower, HostStatus, InitReply, InitRequest, LabStatus, LinkName,
-    LinkStatus, Reply, Request, receive, send,
+    LinkStatus, Reply, Request, Wiring, receive, send,
 };
 use crate::pool::HostName;
 use nix::errno::Errno;
@@ -48,8 +48,10 @@ pub(super) struct Keeper<'a> {
     pub(super) plan: &'a LabPlan,
     pub(super) ip: PathBuf,
     pub(super) hosts: Vec<Option<Running>>,
-    /// Ports taken off their switch on purpose; a power cycle does not heal them.
-    pub(super) cut: Vec<Port>,
+    /// Ports that were cut on purpose, and how; a power cycle does not heal them.
+    pub(super) cut: Vec<(Port, Wiring)>,
+    /// Ports that carry no more than this many bytes a second, likewise.
+    pub(super) shaped: Vec<(Port, u64)>,
     own_pidfd: OwnedFd,
     pub(super) own_pid_namespace: File,
 }
@@ -103,6 +105,7 @@ pub(super) fn keep(
         ip,
         hosts: plan.hosts.iter().map(|_| None).collect(),
         cut: Vec::new(),
+        shaped: Vec::new(),
         own_pidfd: pidfd_open(nix::unistd::getpid()).map_err(step("opening the keeper's pidfd"))?,
         own_pid_namespace: File::open("/proc/self/ns/pid")
             .map_err(step("opening the lab's pid namespace"))?,
@@ -228,7 +231,8 @@ impl Keeper<'_> {
                 }
                 self.power_on(index).map(at).map_err(failed)
             }
-            Request::SetLink { link, up } => self.set_link(link, *up).map(at),
+            Request::SetLink { link, wiring } => self.set_link(link, *wiring).map(at),
+            Request::ShapeLink { link, bytes_per_s } => self.shape_link(link, *bytes_per_s).map(at),
             Request::Freeze(host) => {
                 let index = self.on(host)?;
                 let at_ns = self.ask_done(index, &InitRequest::Freeze)?;
@@ -319,13 +323,13 @@ impl Keeper<'_> {
         }
     }
 
-    fn set_link(&mut self, link: &LinkName, up: bool) -> Result<MonotonicNs, Reply> {
+    fn set_link(&mut self, link: &LinkName, wiring: Wiring) -> Result<MonotonicNs, Reply> {
         for port in self.link_ports(link)? {
-            self.cut.retain(|p| *p != port);
-            if !up {
-                self.cut.push(port.clone());
+            self.cut.retain(|(p, _)| *p != port);
+            if wiring != Wiring::Well {
+                self.cut.push((port.clone(), wiring));
             }
-            match net::set_port(&port, up) {
+            match net::wire_port(&port, wiring) {
                 Ok(()) => {}
                 // The host is off: remembered, and done when it comes back.
                 Err(e)
@@ -338,6 +342,30 @@ impl Keeper<'_> {
                     });
                 }
             }
+        }
+        Ok(MonotonicNs::now())
+    }
+
+    fn shape_link(
+        &mut self,
+        link: &LinkName,
+        bytes_per_s: Option<u64>,
+    ) -> Result<MonotonicNs, Reply> {
+        for port in self.link_ports(link)? {
+            let was = self.shaped.iter().any(|(p, _)| *p == port);
+            self.shaped.retain(|(p, _)| *p != port);
+            self.shaped
+                .extend(bytes_per_s.map(|rate| (port.clone(), rate)));
+            // A host that is off: remembered, and done when it comes back.
+            if nix::net::if_::if_nametoindex(port.name.as_str()).is_err()
+                || (bytes_per_s.is_none() && !was)
+            {
+                continue;
+            }
+            net::shape_port(&port, bytes_per_s).map_err(|message| Reply::Failed {
+                step: format!("port {} of {}", port.name, port.bridge),
+                message,
+            })?;
         }
         Ok(MonotonicNs::now())
     }
@@ -370,6 +398,12 @@ impl Keeper<'_> {
         }
     }
 
+    /// How a port is meant to be plugged in.
+    pub(super) fn wiring(&self, port: &Port) -> Wiring {
+        let cut = self.cut.iter().find(|(p, _)| p == port);
+        cut.map_or(Wiring::Well, |(_, wiring)| *wiring)
+    }
+
     fn status(&self) -> LabStatus {
         let hosts = self.plan.hosts.iter().enumerate().map(|(index, host)| {
             let power = self.hosts[index]
@@ -398,7 +432,9 @@ impl Keeper<'_> {
                     a: host.name.clone(),
                     b: self.plan.hosts[partner].name.clone(),
                     index: host.links[place].index,
-                    cut: self.cut.contains(&port),
+                    cut: self.wiring(&port) != Wiring::Well,
+                    wiring: self.wiring(&port),
+                    bytes_per_s: self.shaped.iter().find(|(p, _)| *p == port).map(|s| s.1),
                 });
             }
         }

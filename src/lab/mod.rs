@@ -45,7 +45,7 @@ pub use spec::{
     GATEWAY, HOST_BRIDGE, HOSTS_MAX, HostConfigFn, HostNet, KeepPolicy, LabId, LabPlan, LabSpec,
     OUTSIDE, PRIVATE_LINKS_MAX, Place, PrivateLink, check_name, default_dir,
 };
-pub use wire::{DaemonState, HostPower, HostStatus, LabStatus, LinkStatus, Process};
+pub use wire::{DaemonState, HostPower, HostStatus, LabStatus, LinkStatus, Process, Wiring};
 
 use std::ffi::OsString;
 

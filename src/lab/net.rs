@@ -1,13 +1,15 @@
-//! The lab's cables: scripts for `ip -batch` (set-up, not in a hurry) and two bridge
-//! ioctls (cutting and healing, at once).
+//! The lab's cables: scripts for `ip -batch` (set-up, not in a hurry), ioctls (cutting
+//! and healing, at once) and `tc` (slowing).
 //!
 //! Every cable runs through a switch (a bridge) in `outside`, the private links too:
 //! one with two ports for each link. Cutting takes the port off the switch, so frames
 //! are lost in silence and the carrier stays up at both ends: the harder failure, and
-//! the one a dead switch gives. A link set down would tell both hosts by an error.
+//! the one a dead switch gives. Unplugging sets the ports down, and both ends lose
+//! their carrier: what a pulled cable gives.
 
 use super::LabError;
 use super::spec::{GATEWAY, HOST_BRIDGE, HostNet, LAN_BRIDGE, LabPlan, PREFIX_LEN};
+use super::wire::Wiring;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::net::UdpSocket;
@@ -31,14 +33,18 @@ pub(super) struct Port {
     pub(super) name: String,
 }
 
-/// The program `ip`.
-pub(super) fn find_ip() -> Result<PathBuf, LabError> {
+/// A program of iproute2.
+fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
-        .map(|dir| dir.join("ip"))
+        .map(|dir| dir.join(program))
         .find(|file| file.is_file())
-        .ok_or(LabError::IpMissing)
+}
+
+/// The program `ip`.
+pub(super) fn find_ip() -> Result<PathBuf, LabError> {
+    find("ip").ok_or(LabError::IpMissing)
 }
 
 /// Run a script in the namespace of the caller.
@@ -210,16 +216,79 @@ pub(super) fn private_ports(plan: &LabPlan, host: &HostNet) -> Vec<(Port, usize,
     found
 }
 
+/// Plug a port in, or out, in either way, at once.
+pub(super) fn wire_port(port: &Port, wiring: Wiring) -> io::Result<()> {
+    set_up(port, wiring != Wiring::Unplugged)?;
+    set_port(port, wiring != Wiring::Silent)
+}
+
+/// An ifreq with this interface name, which is at most 12 of 16 bytes here.
+fn request_for(name: &str) -> libc::ifreq {
+    // SAFETY: ifreq is plain data for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    request
+}
+
+/// Set a port up or down: down, the end inside the host loses its carrier (netdevice(7)).
+fn set_up(port: &Port, up: bool) -> io::Result<()> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    let mut request = request_for(&port.name);
+    // SAFETY: `request` is a live ifreq with a zero-ended name; the kernel fills its flags.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let flag = libc::c_short::try_from(libc::IFF_UP).unwrap_or(1);
+    // SAFETY: the kernel has just filled the flags of this union.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    request.ifr_ifru.ifru_flags = if up { flags | flag } else { flags & !flag };
+    // SAFETY: as above; the kernel only reads it.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// What a slowed port may send at once, bytes: two of the largest packets that a host
+/// hands over whole (64 KiB, GSO), so that none is refused for its size (tc-tbf(8)).
+const SHAPE_BURST_BYTES: u64 = 128 << 10;
+/// How long a packet waits in a slowed port before it is dropped: a shallow switch's queue.
+const SHAPE_QUEUE_MS: u64 = 50;
+
+/// Let a port carry this many bytes a second towards its host, or all it can.
+pub(super) fn shape_port(port: &Port, bytes_per_s: Option<u64>) -> Result<(), String> {
+    let tc = find("tc").ok_or("the program `tc` is missing; install iproute2")?;
+    let mut command = Command::new(&tc);
+    match bytes_per_s {
+        Some(rate) => command
+            .args(["qdisc", "replace", "dev", &port.name, "root", "tbf", "rate"])
+            .arg(format!("{}bit", rate.saturating_mul(8)))
+            .args(["burst", &SHAPE_BURST_BYTES.to_string()])
+            .arg("latency")
+            .arg(format!("{SHAPE_QUEUE_MS}ms")),
+        None => command.args(["qdisc", "del", "dev", &port.name, "root"]),
+    };
+    let output = command
+        .output()
+        .map_err(|e| format!("starting {}: {e}", tc.display()))?;
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(format!(
+            "tc: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        ))
+    }
+}
+
 /// Put a port on its switch or take it off, at once. Being there (or not) already is fine.
 pub(super) fn set_port(port: &Port, on: bool) -> io::Result<()> {
     let index = nix::net::if_::if_nametoindex(port.name.as_str())?;
     // Any socket of the namespace will do for the ioctl.
     let socket = UdpSocket::bind("0.0.0.0:0")?;
-    // SAFETY: ifreq is plain data for which all zeroes is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(port.bridge.bytes()) {
-        *to = from.cast_signed();
-    }
+    let mut request = request_for(&port.bridge);
     request.ifr_ifru.ifru_ifindex = index.cast_signed();
     let which = if on { SIOCBRADDIF } else { SIOCBRDELIF };
     // SAFETY: `request` is a live ifreq with a zero-ended name (interface names here are

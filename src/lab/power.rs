@@ -87,9 +87,10 @@ impl Keeper<'_> {
         )
         .map_err(step(what()))?;
         for port in net::ports(self.plan, host) {
-            if !self.cut.contains(&port) {
-                net::set_port(&port, true)
-                    .map_err(step(format!("plugging {} into {}", port.name, port.bridge)))?;
+            let plugging = || step(format!("plugging {} into {}", port.name, port.bridge));
+            net::wire_port(&port, self.wiring(&port)).map_err(plugging())?;
+            if let Some((_, rate)) = self.shaped.iter().find(|(p, _)| *p == port) {
+                net::shape_port(&port, Some(*rate)).map_err(|e| plugging()(io::Error::other(e)))?;
             }
         }
         match ask(&running.channel, &InitRequest::Wired, INIT_TIMEOUT).map_err(step(what()))? {

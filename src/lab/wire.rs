@@ -40,7 +40,12 @@ pub(crate) enum Request {
     PowerOn(HostName),
     SetLink {
         link: LinkName,
-        up: bool,
+        wiring: Wiring,
+    },
+    /// Bytes a second that the link carries each way; none = all it can.
+    ShapeLink {
+        link: LinkName,
+        bytes_per_s: Option<u64>,
     },
     Freeze(HostName),
     Thaw(HostName),
@@ -50,6 +55,18 @@ pub(crate) enum Request {
     },
     Processes(HostName),
     Down,
+}
+
+/// How a cable is plugged in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wiring {
+    /// It carries.
+    Well,
+    /// Frames are lost at the switch; both ends still see a carrier.
+    Silent,
+    /// Both ends have lost their carrier.
+    Unplugged,
 }
 
 /// A cable of the lab.
@@ -174,6 +191,10 @@ pub struct LinkStatus {
     pub index: u8,
     /// Nothing passes.
     pub cut: bool,
+    /// How it is plugged in.
+    pub wiring: Wiring,
+    /// Bytes a second it may carry each way, if it is slowed.
+    pub bytes_per_s: Option<u64>,
 }
 
 /// A lab now.

@@ -37,6 +37,7 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod flow;
 mod limits;
 pub mod primary;
 mod record;
@@ -44,6 +45,7 @@ pub(crate) mod sabotage;
 pub mod schedule;
 pub mod standby;
 
+pub use flow::{Flow, LaneLevel, Limited};
 pub use limits::*;
 pub use primary::{
     Primary, PrimaryAction, PrimaryConfig, PrimaryInput, PrimaryState, PrimaryStatus,
@@ -157,6 +159,13 @@ pub enum Alert {
     Lagging {
         /// Age of the newest committed epoch.
         lag: Micros,
+    },
+    /// The guest dirties more than the links carry.
+    Overloaded {
+        /// What is on the lane and not with the partner, bytes.
+        bytes: u64,
+        /// Time until it is, if known.
+        drains_in: Option<Micros>,
     },
     /// The partner broke the protocol; its message was dropped.
     PartnerConfused {

@@ -23,6 +23,8 @@ pub(crate) enum Bug {
     DismissBeforeCommit,
     /// An unknown outcome is taken for a win.
     UnknownIsWon,
+    /// The guest runs on however far the links are behind.
+    NeverHeldBack,
     /// The first epoch is released before the record names the standby.
     ReleaseBeforeConfirm,
 }

@@ -14,6 +14,7 @@
 //! ([`Policy::interval_ceiling`]).
 
 use super::Micros;
+use crate::pool::spec::Overload;
 
 /// The guest runs at least this long between two cuts, whatever waits: less than the
 /// 0.8 ms that a pause spends on stop and cont alone (QEMU.md section 4), long enough for
@@ -46,6 +47,8 @@ pub struct Policy {
     /// Share of the guest's wanted CPU that cuts may cost. 250: a CPU-bound guest keeps
     /// 75 % and so more than the promised 70 % with some left for what the pauses do not show.
     pub overhead_permille: u16,
+    /// What becomes of a guest that dirties more than the links carry.
+    pub overload: Overload,
     /// Output never waits longer than this for its cut to begin, whatever the ceiling says.
     pub latency_target: Option<Micros>,
 }
@@ -57,6 +60,7 @@ impl Default for Policy {
             interval_max: Micros::from_millis(50),
             interval_ceiling: Micros::from_millis(250),
             overhead_permille: 250,
+            overload: Overload::Throttle,
             latency_target: None,
         }
     }
@@ -68,6 +72,8 @@ pub struct Schedule {
     policy: Policy,
     /// When the guest last began to run.
     resumed_at: Micros,
+    /// Since when it has run without being held back.
+    runs_since: Micros,
     /// Since when output of the running epoch waits.
     output_since: Option<Micros>,
     pressure: bool,
@@ -77,6 +83,10 @@ pub struct Schedule {
     crowding: Micros,
     /// All vCPUs have been seen waiting since output waits.
     idle: bool,
+    /// Until when a cut would only wait behind what is on the lane.
+    link_free_at: Micros,
+    /// By when the epoch is as large as the links carry.
+    cut_by: Option<Micros>,
     /// Credit in ns of lost CPU; negative is debt.
     credit_ns: i64,
     credited_at: Micros,
@@ -95,11 +105,14 @@ impl Schedule {
         Self {
             policy,
             resumed_at: now,
+            runs_since: now,
             output_since: None,
             pressure: false,
             busy_permille: 1000,
             crowding: Micros::ZERO,
             idle: false,
+            link_free_at: Micros::ZERO,
+            cut_by: None,
             credit_ns: 0,
             credited_at: now,
         }
@@ -120,6 +133,18 @@ impl Schedule {
         self.pressure = true;
     }
 
+    /// How the links stand: until when a cut would only wait behind what is on the lane
+    /// already, and by when the running epoch is as large as they carry.
+    pub const fn links(&mut self, free_at: Micros, cut_by: Option<Micros>) {
+        self.link_free_at = free_at;
+        self.cut_by = cut_by;
+    }
+
+    /// The guest was held back and runs again since `now`.
+    pub fn let_go(&mut self, now: Micros) {
+        self.runs_since = now;
+    }
+
     /// What the busiest vCPU wanted per mille of the time it was allowed to run, and how
     /// long each cut's work made it wait for a core.
     pub fn guest_busy(&mut self, permille: u16, crowding: Micros) {
@@ -135,7 +160,7 @@ impl Schedule {
     /// Whether output waits for credit at `now`, so that [`Self::guest_idle`] would help.
     #[must_use]
     pub fn awaits_idle(&self, now: Micros) -> bool {
-        self.output_since.is_some() && now < self.next_cut() && self.resumed_at + RUN_MIN <= now
+        self.output_since.is_some() && now < self.next_cut() && self.runs_since + RUN_MIN <= now
     }
 
     /// A cut has been asked for: what waits, waits for it, and later output for the next.
@@ -162,6 +187,7 @@ impl Schedule {
             .saturating_sub(faults)
             .max(floor);
         self.resumed_at = now;
+        self.runs_since = now;
     }
 
     /// The cut failed and the guest runs again since `now`; what waited still waits.
@@ -169,15 +195,27 @@ impl Schedule {
         self.output_since.get_or_insert(now);
         self.idle = false;
         self.resumed_at = now;
+        self.runs_since = now;
     }
 
     /// When the next cut may and should begin, as far as is known now. May be past.
     #[must_use]
     pub fn next_cut(&self) -> Micros {
+        let least = self.runs_since + RUN_MIN;
         if self.pressure {
-            return self.resumed_at + RUN_MIN;
+            return least;
         }
-        let earliest = self.resumed_at + RUN_MIN.max(self.policy.gap_min);
+        let at = self.wanted_cut();
+        self.cut_by.map_or(at, |by| at.min(by.max(least)))
+    }
+
+    /// The next cut, were the links no limit to the size of an epoch.
+    fn wanted_cut(&self) -> Micros {
+        let gap = (self.resumed_at + self.policy.gap_min).max(self.runs_since + RUN_MIN);
+        let free = self
+            .link_free_at
+            .min(self.resumed_at + self.policy.interval_ceiling);
+        let earliest = gap.max(free);
         if self.idle {
             return earliest;
         }
@@ -379,6 +417,39 @@ mod tests {
             crowded >= alone + Micros(2000 * 4 - 100),
             "{alone:?} {crowded:?}"
         );
+    }
+
+    #[test]
+    fn a_lane_that_is_behind_puts_off_the_cut_and_slow_links_bring_it_forward() {
+        let mut schedule = Schedule::new(Policy::default(), Micros::ZERO);
+        schedule.guest_busy(0, Micros::ZERO);
+        schedule.output_waiting(Micros(100));
+        assert_eq!(schedule.next_cut(), RUN_MIN);
+        // What waits there would leave first; this epoch may as well grow meanwhile.
+        schedule.links(Micros(30_000), None);
+        assert_eq!(schedule.next_cut(), Micros(30_000));
+        schedule.guest_idle();
+        assert_eq!(schedule.next_cut(), Micros(30_000));
+        // Not without end, and not against a buffer that fills up.
+        schedule.links(Micros::MAX, None);
+        assert_eq!(schedule.next_cut(), Policy::default().interval_ceiling);
+        schedule.links(Micros(30_000), Some(Micros(7_000)));
+        assert_eq!(schedule.next_cut(), Micros(7_000));
+        schedule.links(Micros(30_000), Some(Micros::ZERO));
+        assert_eq!(schedule.next_cut(), RUN_MIN);
+        schedule.links(Micros(30_000), None);
+        schedule.pressure();
+        assert_eq!(schedule.next_cut(), RUN_MIN);
+        // Without output the interval ends as ever.
+        let mut schedule = Schedule::new(Policy::default(), Micros::ZERO);
+        schedule.links(Micros(30_000), None);
+        assert_eq!(schedule.next_cut(), Policy::default().interval_max);
+        schedule.links(Micros(80_000), None);
+        assert_eq!(schedule.next_cut(), Micros(80_000));
+        // A guest that was held back runs all the same before it is cut.
+        schedule.let_go(Micros(90_000));
+        schedule.links(Micros::ZERO, Some(Micros(20_000)));
+        assert_eq!(schedule.next_cut(), Micros(90_000) + RUN_MIN);
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! The invariants, checked against what really is.
 
 use super::world::{Event, Role, World};
-use super::{GuestState, Violation};
+use super::{GuestState, OVER_ALARM_PERMILLE_MAX, SHARE_OF_LEAST, Violation};
 use crate::mirror::standby::StandbyEnd;
-use crate::mirror::{MAX_IN_FLIGHT, Micros};
+use crate::mirror::{MAX_IN_FLIGHT, Micros, PrimaryState};
 use crate::pool::{Epoch, Generation};
 
 impl World {
@@ -155,6 +155,34 @@ impl World {
                 self.hosts[host].name
             );
             self.violated("nothing-lost", what);
+        }
+    }
+
+    /// Time passes: how much of it mirrored, how much with a lag over the alarm?
+    pub(super) fn account_lag(&mut self, passed: Micros) {
+        if self.faults_on {
+            return;
+        }
+        for host in &self.hosts {
+            if let Role::Primary { machine, .. } = &host.role {
+                let status = machine.status(self.now);
+                if status.state == PrimaryState::Mirrored {
+                    self.mirrored_for = self.mirrored_for + passed;
+                    if !status.mirrored {
+                        self.over_alarm_for = self.over_alarm_for + passed;
+                    }
+                }
+            }
+        }
+    }
+
+    /// **bounded**: whatever the link carries, the guest does not outrun it for long.
+    pub(super) fn check_bounded(&mut self) {
+        let (over, all) = (self.over_alarm_for, self.mirrored_for);
+        if all >= SHARE_OF_LEAST && over.0 * 1000 > all.0 * OVER_ALARM_PERMILLE_MAX {
+            let what =
+                format!("the lag was over its alarm for {over:?} of {all:?} without a fault");
+            self.violated("bounded", what);
         }
     }
 

@@ -103,6 +103,10 @@ impl World {
             return;
         }
         it.frozen_until = it.frozen_until.max(self.now + length);
+        if let Role::Primary { guest, .. } = &mut it.role {
+            guest.account(self.now);
+            guest.seen_at = it.frozen_until;
+        }
         let life = it.life;
         self.after(length, Event::Continue { host, life });
     }

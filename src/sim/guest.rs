@@ -2,6 +2,7 @@
 //! everything it ever did, and a request served is a step of all three.
 
 use super::rng::mix;
+use crate::mirror::Micros;
 
 /// What a checkpoint takes of a guest. Each part can be copied apart, and only parts of
 /// one moment agree with each other.
@@ -49,6 +50,12 @@ pub struct Guest {
     pub paused: bool,
     /// Its vCPUs stand because the machine says so.
     pub held: bool,
+    /// Its vCPUs stand for the link's sake.
+    pub held_back: bool,
+    /// How long it has run in the running epoch, as of `seen_at`.
+    pub ran: Micros,
+    /// Until when `ran` is known.
+    pub seen_at: Micros,
     /// Output is held.
     pub gated: bool,
     /// The running epoch.
@@ -61,6 +68,14 @@ impl Guest {
     /// Whether it executes.
     #[must_use]
     pub const fn runs(&self) -> bool {
-        !self.paused && !self.held
+        !self.paused && !self.held && !self.held_back
+    }
+
+    /// Account for the time until now, before anything changes.
+    pub fn account(&mut self, now: Micros) {
+        if self.runs() {
+            self.ran = self.ran + now.since(self.seen_at);
+        }
+        self.seen_at = self.seen_at.max(now);
     }
 }

@@ -1,7 +1,7 @@
 //! The deterministic simulator of a mirrored pair.
 //!
 //! Two hosts run the very machines of [`crate::mirror`] against a model of everything
-//! else: guests, the network between the hosts, heartbeats, the registry, an operator and
+//! else: guests (some dirty more than the link carries), the network between the hosts, heartbeats, the registry, an operator and
 //! a client outside. One thread, virtual time, one seed that decides everything. A safety
 //! phase with faults of every kind is followed by a liveness phase: all faults end, and
 //! the VM must run, be mirrored and answer again.
@@ -12,6 +12,7 @@
 mod check;
 mod fault;
 mod guest;
+mod lane;
 mod outside;
 mod registry;
 mod rng;
@@ -29,6 +30,18 @@ use crate::mirror::Micros;
 
 /// Length of the safety phase.
 pub const SAFETY_PHASE: Micros = Micros::from_millis(4000);
+
+/// The liveness phase lasts at least this long, so that what a slow link does to a mirror
+/// shows.
+pub const LIVENESS_LEAST: Micros = Micros::from_millis(12_000);
+
+/// Share of the time mirrored without a fault, per mille, in which the lag may be over its
+/// alarm: the guest may surprise the link once, and then the epoch under way has to get
+/// through, for three seconds at most.
+pub const OVER_ALARM_PERMILLE_MAX: u64 = 350;
+
+/// The shares of less time than this say nothing.
+pub const SHARE_OF_LEAST: Micros = Micros::from_millis(6000);
 
 /// By then, counted from the end of all faults, the VM must be mirrored and answer: an
 /// orphaned standby waits 10 s, a lost request to prepare one 30 s, everything else less.
@@ -64,6 +77,8 @@ pub struct Report {
     pub promotions: u64,
     /// Times a primary went solo from a mirror.
     pub solos: u64,
+    /// Times a guest was held back for the link's sake.
+    pub holds: u64,
     /// Answers the client saw.
     pub answers: u64,
     /// Faults injected.

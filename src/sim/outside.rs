@@ -16,7 +16,7 @@ impl World {
             let Role::Primary { guest, .. } = &mut self.hosts[host].role else {
                 continue;
             };
-            if guest.paused {
+            if guest.paused || guest.held_back {
                 // Waits in the virtual NIC.
                 let delay = Micros(self.rng.between(300, 2000));
                 self.after(delay, Event::Request { number, story });

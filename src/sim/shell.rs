@@ -105,6 +105,7 @@ impl World {
         let Role::Primary { guest, attempt, .. } = &mut self.hosts[host].role else {
             return;
         };
+        guest.account(self.now);
         match action {
             PrimaryAction::PrepareStandby { generation, .. } => {
                 *attempt = generation;
@@ -112,6 +113,7 @@ impl World {
             }
             PrimaryAction::BeginSeeding => {
                 let generation = *attempt;
+                self.load.open(host, self.now);
                 let delay = Micros(self.rng.between(10_000, 120_000));
                 self.after(
                     delay,
@@ -129,6 +131,7 @@ impl World {
             } => {
                 if !guest.gated {
                     guest.gated = true;
+                    guest.ran = Micros::ZERO;
                     guest.epoch = epoch.0;
                 }
                 guest.paused = true;
@@ -167,8 +170,17 @@ impl World {
                 self.ask(host, ticket, Some((expected, value)));
             }
             PrimaryAction::ReadRecord { ticket } => self.ask(host, ticket, None),
-            PrimaryAction::HoldStill { .. } => guest.held = true,
+            // The one stop takes the place of the other.
+            PrimaryAction::HoldStill { .. } => {
+                guest.held = true;
+                guest.held_back = false;
+            }
             PrimaryAction::Resume => guest.held = false,
+            PrimaryAction::HoldBack => {
+                guest.held_back = true;
+                self.report.holds += 1;
+            }
+            PrimaryAction::LetGo => guest.held_back = false,
             PrimaryAction::GoSolo { .. } => {
                 if guest.gated {
                     self.report.solos += 1;
@@ -295,6 +307,7 @@ impl World {
         match event {
             Event::Tick { host } => {
                 self.hosts[host].tick_at = Micros::MAX;
+                self.tell_level(host);
                 self.tell_machine(host, PrimaryInput::Tick, StandbyInput::Tick);
             }
             Event::Continue { host, life } if life == self.hosts[host].life => self.drain(host),
@@ -318,6 +331,10 @@ impl World {
                 stay_stopped,
             } if life == self.hosts[host].life => {
                 self.cut_end(host, epoch, ok.then_some(stay_stopped), pause);
+            }
+            Event::Closing { host, life, epoch } if life == self.hosts[host].life => {
+                let at = self.now;
+                self.tell_primary(host, PrimaryInput::Sent { epoch, at });
             }
             Event::Converged {
                 host,
@@ -416,6 +433,7 @@ impl World {
             return;
         };
         let generation = *attempt;
+        guest.account(self.now);
         guest.paused = false;
         let Some(stay_stopped) = taken else {
             return self.tell_primary(
@@ -428,6 +446,7 @@ impl World {
         };
         guest.held |= stay_stopped;
         guest.epoch = epoch.0 + 1;
+        let ran = std::mem::take(&mut guest.ran);
         let state = guest.state;
         self.checkpoints.insert((generation, epoch), state);
         let busy = u16::try_from(self.rng.between(0, 1000)).unwrap_or(0);
@@ -438,31 +457,30 @@ impl World {
                 crowding: Micros::ZERO,
             },
         );
-        let pages = self.rng.between(1, 500);
+        let bytes = self.load.epoch_bytes(ran);
+        let pages = bytes / 4096;
         self.tell_primary(
             host,
             PrimaryInput::CutDone {
                 epoch,
                 pause,
-                bytes: pages * 4096,
+                bytes,
                 pages,
             },
         );
-        let encode = self.rng.permille(500);
-        if encode {
-            let at = self.now;
-            self.tell_primary(host, PrimaryInput::Sent { epoch, at });
-        }
         for part in 0..3 {
-            self.send(
-                host,
-                Message::Part {
-                    generation,
-                    epoch,
-                    part,
-                    state,
-                },
-            );
+            let through = self.load.put(host, bytes / 3, self.now);
+            if part == 2 {
+                self.close_epoch(host, epoch, through);
+            }
+            let message = Message::Part {
+                generation,
+                epoch,
+                part,
+                state,
+            };
+            self.send_after(through, host, message);
         }
+        self.tell_level(host);
     }
 }

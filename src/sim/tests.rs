@@ -32,13 +32,17 @@ fn the_invariants_hold_for_every_seed() {
         all.cuts += one.cuts;
         all.promotions += one.promotions;
         all.solos += one.solos;
+        all.holds += one.holds;
         all.answers += one.answers;
         all.faults += one.faults;
         all.restarts += one.restarts;
     }
     println!("{seeds} seeds: {all:?}");
     assert!(
-        all.promotions > seeds / 2 && all.solos > seeds / 2 && all.cuts > 50 * seeds,
+        all.promotions > seeds / 2
+            && all.solos > seeds / 2
+            && all.holds > seeds
+            && all.cuts > 50 * seeds,
         "{all:?}"
     );
 }
@@ -63,6 +67,7 @@ fn every_bug_put_back_is_found() {
         Bug::DismissBeforeCommit,
         Bug::UnknownIsWon,
         Bug::ReleaseBeforeConfirm,
+        Bug::NeverHeldBack,
     ]
     .into_iter()
     .map(|bug| {

@@ -11,6 +11,11 @@ use crate::pool::{Epoch, Generation};
 
 impl World {
     pub(super) fn send(&mut self, from: usize, message: Message) {
+        self.send_after(Micros::ZERO, from, message);
+    }
+
+    /// Send what takes `through` to get onto the wire.
+    pub(super) fn send_after(&mut self, through: Micros, from: usize, message: Message) {
         let from_life = self.hosts[from].life;
         let event = Event::Deliver {
             to: 1 - from,
@@ -31,7 +36,7 @@ impl World {
             }
             return;
         }
-        self.after(Micros(delay), event);
+        self.after(through + Micros(delay), event);
     }
 
     pub(super) fn deliver(&mut self, to: usize, message: Message) {

@@ -1,9 +1,10 @@
 //! The world of a run: events in time order, hosts, and the loop over both phases.
 
 use super::guest::{Guest, GuestState};
+use super::lane::Load;
 use super::registry::{RegistryModel, Request};
 use super::rng::{Rng, mix};
-use super::{EVENTS_MAX, LIVENESS_BOUND, Report, SAFETY_PHASE, Violation};
+use super::{EVENTS_MAX, LIVENESS_BOUND, LIVENESS_LEAST, Report, SAFETY_PHASE, Violation};
 use crate::mirror::{
     ClaimOutcome, Micros, Policy, Primary, PrimaryConfig, PrimaryInput, Standby, StandbyInput,
     Ticket, Timing, Verdict, Versioned, VmRecord,
@@ -114,6 +115,14 @@ pub(super) enum Event {
         number: u64,
         story: u64,
     },
+    /// An epoch's closing frame is handed to the lane.
+    Closing {
+        host: usize,
+        life: u64,
+        epoch: Epoch,
+    },
+    /// The link carries more or less from now on.
+    Capacity,
     Work,
     Operator,
     Fault,
@@ -194,6 +203,11 @@ pub struct World {
     pub(super) requests: BTreeMap<u64, (Request, Option<ClaimOutcome>, bool)>,
     pub(super) client: Client,
     pub(super) faults_on: bool,
+    pub(super) load: Load,
+    /// Truth: time mirrored with no fault about, and the part of it with the lag over its
+    /// alarm.
+    pub(super) mirrored_for: Micros,
+    pub(super) over_alarm_for: Micros,
     /// Truth: every checkpoint taken.
     pub(super) checkpoints: BTreeMap<(Generation, Epoch), GuestState>,
     /// Truth: the newest epoch of each attempt whose parts all arrived, none missing before it.
@@ -242,6 +256,9 @@ impl World {
                 acked: 0,
             },
             faults_on: true,
+            load: Load::new(&mut Rng::new(mix(seed ^ 0x6c69_6e6b))),
+            mirrored_for: Micros::ZERO,
+            over_alarm_for: Micros::ZERO,
             checkpoints: BTreeMap::new(),
             whole: BTreeMap::new(),
             alive_on: 0,
@@ -266,6 +283,7 @@ impl World {
         world.after(Micros(3000), Event::Work);
         world.after(Micros(10_000), Event::Operator);
         world.after(Micros(300_000), Event::Fault);
+        world.after(Micros(200_000), Event::Capacity);
         world
     }
 
@@ -280,7 +298,8 @@ impl World {
         self.end_all_faults();
         let deadline = self.now + LIVENESS_BOUND;
         let answers = self.report.answers;
-        while !(self.healthy() && self.report.answers > answers + 20) {
+        let least = self.now + LIVENESS_LEAST;
+        while self.now < least || !(self.healthy() && self.report.answers > answers + 20) {
             if self.now > deadline {
                 let roles: Vec<String> = self.hosts.iter().map(Self::describe).collect();
                 self.violated(
@@ -293,7 +312,8 @@ impl World {
             }
             self.step()?;
         }
-        Ok(self.report)
+        self.check_bounded();
+        self.violation.clone().map_or(Ok(self.report), Err)
     }
 
     fn describe(host: &Host) -> String {
@@ -318,6 +338,8 @@ impl World {
 
     fn step(&mut self) -> Result<(), Violation> {
         if let Some(((at, _), event)) = self.queue.pop_first() {
+            let passed = at.since(self.now);
+            self.account_lag(passed);
             self.now = self.now.max(at);
             self.report.events += 1;
             if self.report.events > EVENTS_MAX {
@@ -351,6 +373,7 @@ impl World {
             | Event::ApplyDisk { host, .. }
             | Event::ApplyRest { host, .. }
             | Event::PromoteEnd { host, .. }
+            | Event::Closing { host, .. }
             | Event::RegistryAnswer { host, .. } => Some(*host),
             _ => None,
         }
@@ -402,6 +425,7 @@ impl World {
                 let delay = Micros(self.rng.between(500, 6000));
                 self.after(delay, Event::Work);
             }
+            Event::Capacity => self.change_capacity(),
             Event::Operator => self.operator(),
             Event::Fault => self.fault(),
             Event::Heal(heal) => self.heal(heal),
@@ -466,6 +490,7 @@ impl World {
         let machine = Box::new(Primary::new(config, record, self.now));
         let guest = Guest {
             state,
+            seen_at: self.now,
             ..Guest::default()
         };
         self.hosts[host].life += 1;

@@ -1,35 +1,33 @@
 //! What the payloads of frames look like: batches of pages, of disk writes, of
-//! packets, and the delta of device states. Pure.
+//! packets, and the delta of device states. Pure but for the buffers' lock.
 //!
 //! The decoders must never trust a length, an index or a count from the wire:
 //! each is checked against a cap and against the guest before anything is
 //! allocated or handed up. One file owns each layout.
 
+pub mod choose;
 pub mod delta;
 pub mod disk;
+pub mod encoder;
 pub mod packets;
 pub mod pages;
+pub mod patch;
+pub mod policy;
 
+mod base;
+pub(crate) mod buffers;
 pub(crate) mod cursor;
-mod pack;
+pub mod pack;
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use delta::{DEVICE_STATE_BYTES_MAX, decode_delta, encode_delta};
-pub use disk::{DiskOp, DiskWrite, decode_disk_writes, encode_disk_writes};
+pub use disk::{DiskBatch, DiskEncoder, DiskOp, DiskWrite, decode_disk_writes};
+pub use encoder::{Batch, BatchStats, PageEncoder};
 pub use packets::{decode_packets, encode_packets};
-pub use pages::{PAGE_BYTES, Page, PageContent, PageEncoder, decode_pages};
-
-/// How much work the sender puts into making content smaller.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CompressMode {
-    /// Zero pages are elided, all else goes raw: for links faster than a core compresses.
-    Raw,
-    /// What looks compressible is compressed, fast; the rest goes raw.
-    #[default]
-    Adaptive,
-}
+pub use pages::{DecodeBuffers, PAGE_BYTES, Page, PageBatch, PageContent, decode_pages};
+pub use patch::PagePatch;
+pub use policy::{Codec, CodecChoice, CodecVersion, EncodePolicy, EncodeStats, LinkFacts, Why};
 
 /// A payload that is not what its frame says, or content that cannot be encoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -92,8 +90,18 @@ pub enum CodecError {
     Compression {
         /// Which part.
         what: &'static str,
-        /// What zstd said.
+        /// What the decompressor said.
         reason: &'static str,
+    },
+    /// A page patch whose outcome is not the sender's page: its base is another one.
+    #[error(
+        "a page patch gives a page of XXH3 {found:016x}, expected {expected:016x}: the standby's memory is not what the primary takes it for, drop the standby and seed anew"
+    )]
+    PatchBase {
+        /// The sender's page.
+        expected: u64,
+        /// What came out.
+        found: u64,
     },
     /// A delta against a state this side does not hold.
     #[error(

@@ -3,7 +3,7 @@
 use super::super::{AuditSums, EpochMeta, EpochWriter, ingress_frames};
 use super::*;
 use crate::codec::tests::noise;
-use crate::codec::{CompressMode, DiskOp, Page, PageContent};
+use crate::codec::{CodecChoice, DiskOp, EncodePolicy, LinkFacts, Page, PageContent};
 use std::convert::Infallible;
 
 const VM: VmId = VmId([7; 16]);
@@ -70,7 +70,7 @@ fn frames(writer: &mut EpochWriter, epoch: Epoch) -> Vec<Frame> {
         frames.push(frame);
         Ok::<(), Infallible>(())
     };
-    writer.begin(epoch);
+    writer.begin(epoch, LinkFacts::default());
     writer
         .pages(pages(epoch).iter().map(|(i, p)| (*i, p)), &mut send)
         .unwrap();
@@ -81,7 +81,7 @@ fn frames(writer: &mut EpochWriter, epoch: Epoch) -> Vec<Frame> {
 }
 
 fn writer() -> EpochWriter {
-    EpochWriter::new(VM, GENERATION, CompressMode::Adaptive)
+    EpochWriter::new(VM, GENERATION, EncodePolicy::v1(CodecChoice::Zstd))
 }
 
 fn assembler() -> EpochAssembler {
@@ -118,6 +118,7 @@ fn check(received: &ReceivedEpoch, epoch: Epoch) {
                 match content {
                     PageContent::Zero => [0; 4096],
                     PageContent::Raw(page) => *page,
+                    PageContent::Patch(_) => panic!("no page is sent twice"),
                 },
             )
         })
@@ -404,7 +405,7 @@ fn the_writer_refuses_calls_out_of_order() {
     let mut writer = writer();
     let mut send = |_| Ok::<(), Infallible>(());
     assert!(writer.disk(&[], &mut send).is_err());
-    writer.begin(Epoch(1));
+    writer.begin(Epoch(1), LinkFacts::default());
     assert!(writer.finish(&meta(), &mut send).is_err());
     writer.device_state(state(Epoch(1)), &mut send).unwrap();
     assert!(writer.device_state(state(Epoch(1)), &mut send).is_err());

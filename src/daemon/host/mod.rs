@@ -14,6 +14,7 @@ use crate::pool::spec::VmSpec;
 use crate::pool::{HostName, VmId};
 use crate::registry::{FileRegistry, FileRegistryOptions};
 use crate::vm::{kernel, probe};
+use interconnect::epoch::EncodePool;
 use interconnect::identity::Identity;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -77,6 +78,7 @@ impl Host {
             claims,
             routes,
             peers: Mutex::default(),
+            encode_pool: EncodePool::start(EncodePool::default_threads())?,
             config,
         });
         let host = Arc::new(Self {

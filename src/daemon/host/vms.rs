@@ -133,14 +133,15 @@ impl Host {
                 "VM `{name}` is here already; see `pollux vm show {name}`"
             )));
         }
-        let record = self.claim_start(&spec, force)?;
-        let generation = record.value.generation;
         let partner = (spec.protection == Protection::Mirrored)
             .then(|| self.partner_for(&spec).ok())
             .flatten();
         let machines = &self.qemu.machines;
         let machine = probe::common_machine(&spec, machines, machines).map_err(refused)?;
         let accel = self.choose_accel(&spec, &shared)?;
+        // Last: from here on the registry says that it runs here.
+        let record = self.claim_start(&spec, force)?;
+        let generation = record.value.generation;
         let config = WorkerConfig {
             spec: Arc::clone(&spec),
             machine,

@@ -9,9 +9,9 @@ use crate::daemon::control::ControlMsg;
 use crate::daemon::figures::EpochSample;
 use crate::interpose::checkpoint::{CutTimings, capture_blocks_prefix};
 use crate::interpose::memory::{Staging, Tracker};
-use crate::mirror::PrimaryInput;
+use crate::mirror::{LaneLevel, PrimaryInput};
 use crate::pool::{Epoch, Generation, HostName};
-use interconnect::codec::CompressMode;
+use interconnect::codec::{CodecVersion, EncodePolicy};
 use interconnect::frame::{Frame, FrameKind, PAYLOAD_BYTES_MAX};
 use interconnect::link::EpochLane;
 use std::collections::VecDeque;
@@ -77,6 +77,17 @@ pub struct Attempt {
 }
 
 impl Attempt {
+    /// How the lane stands, once epochs go over it.
+    pub fn level(&self) -> Option<LaneLevel> {
+        self.sender.as_ref()?;
+        let pressure = self.lane.as_ref()?.pressure();
+        Some(LaneLevel {
+            queued_bytes: pressure.queued_bytes,
+            unacked_bytes: pressure.unacked_bytes,
+            bytes_per_s: pressure.capacity_bytes_per_s,
+        })
+    }
+
     /// Tell the threads of this attempt to end.
     pub fn give_up(&self) {
         self.abort.store(true, Ordering::Relaxed);
@@ -136,16 +147,27 @@ impl PrimarySide {
         }
     }
 
-    fn mode(&self) -> CompressMode {
-        if self.config.spec.mirror.compress {
-            CompressMode::Adaptive
-        } else {
-            CompressMode::Raw
-        }
+    /// How this attempt's content is encoded.
+    fn policy(&self) -> Result<EncodePolicy, String> {
+        let attempt = self
+            .attempt
+            .as_ref()
+            .ok_or("there is no attempt to mirror")?;
+        let spec = &self.config.spec;
+        let version = attempt.peer.interconnect.stats().version;
+        let policy = EncodePolicy::for_guest(
+            spec.memory.get(),
+            spec.mirror.codec,
+            CodecVersion::of_protocol(version),
+        );
+        Ok(EncodePolicy {
+            delta: spec.mirror.delta,
+            ..policy
+        })
     }
 
     fn try_begin_seeding(&mut self) -> Result<(), String> {
-        let mode = self.mode();
+        let policy = self.policy()?;
         let spec = Arc::clone(&self.config.spec);
         let attempt = self
             .attempt
@@ -198,7 +220,8 @@ impl PrimarySide {
             tracker,
             lane,
             disks: self.parts.disks.clone(),
-            mode,
+            policy,
+            pool: self.env.encode_pool.clone(),
             audit: spec.mirror.audit,
             abort: Arc::clone(&attempt.abort),
         };
@@ -207,7 +230,7 @@ impl PrimarySide {
 
     /// The seeder has ended: take the tracker back, start the sender.
     pub(super) fn seeded(&mut self, seeded: Seeded) -> Option<PrimaryInput> {
-        let mode = self.mode();
+        let policy = self.policy();
         let attempt = self
             .attempt
             .as_mut()
@@ -217,6 +240,10 @@ impl PrimarySide {
         if let Err(reason) = seeded.result {
             return Some(PrimaryInput::SeedingFailed { reason });
         }
+        let policy = match policy {
+            Ok(policy) => policy,
+            Err(reason) => return Some(PrimaryInput::SeedingFailed { reason }),
+        };
         let lane = attempt.lane.clone()?;
         self.parts
             .ingress
@@ -224,7 +251,8 @@ impl PrimarySide {
         let sender = sender::start(SenderConfig {
             vm: self.config.spec.uuid,
             generation: attempt.generation,
-            mode,
+            policy,
+            pool: self.env.encode_pool.clone(),
             lane,
             disks: self.parts.disks.clone(),
             audit: seeded.audit,

@@ -70,6 +70,11 @@ impl BusyMeter {
         self.cuts += 1;
     }
 
+    /// The guest stood still for that long, for another reason.
+    pub const fn stood(&mut self, ns: u64) {
+        self.paused_ns += ns;
+    }
+
     /// Measure now, if long enough after the last time.
     pub fn sample(&mut self, now_ns: u64) {
         let wall = now_ns.saturating_sub(self.last_ns);

@@ -39,7 +39,7 @@ use crate::mirror::{ClaimOutcome, Micros, Ticket, Timing, Verdict, Versioned, Vm
 use crate::pool::spec::VmSpec;
 use crate::pool::{Epoch, Generation, HostName, VmId};
 use crate::vm::argv::Accel;
-use interconnect::epoch::ReceivedEpoch;
+use interconnect::epoch::{EncodePool, ReceivedEpoch};
 use interconnect::frame::{Frame, FrameKind};
 use interconnect::link::Interconnect;
 use std::collections::HashMap;
@@ -249,6 +249,8 @@ pub struct Env {
     pub routes: Routes,
     /// Partners by name.
     pub peers: Mutex<HashMap<HostName, Peer>>,
+    /// Threads that encode for all VMs.
+    pub encode_pool: EncodePool,
 }
 
 impl Env {
@@ -320,6 +322,21 @@ pub fn start(
     spawned.map(drop)
 }
 
+/// The record says that the VM runs here, and it does not: say so, or another host could
+/// start it by force only. If the registry cannot be told, the operator's next start here
+/// is not refused.
+fn give_up_start(env: &Env, config: &WorkerConfig, record: &Versioned<VmRecord>) {
+    let stopped = VmRecord {
+        running: false,
+        ..record.value.clone()
+    };
+    let vm = config.spec.uuid;
+    match env.claims.claim_blocking(vm, Some(record.version), stopped) {
+        ClaimOutcome::Won(_) => {}
+        other => tracing::warn!(%vm, "the registry still says that it runs: {other:?}"),
+    }
+}
+
 fn run(
     env: &Arc<Env>,
     config: &WorkerConfig,
@@ -330,13 +347,14 @@ fn run(
 ) {
     let promoted = match begin {
         Begin::Primary { record } => {
-            match primary::PrimarySide::boot(env, config, record, shared) {
+            match primary::PrimarySide::boot(env, config, record.clone(), shared) {
                 Ok(side) => {
                     started(Ok(()));
                     side
                 }
                 Err(reason) => {
                     shared.event(format!("not started: {reason}"));
+                    give_up_start(env, config, &record);
                     return started(Err(reason));
                 }
             }

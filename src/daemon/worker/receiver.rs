@@ -56,6 +56,14 @@ impl Landing {
         match content {
             PageContent::Zero => ram.zero_page(index).map_err(|e| e.to_string()),
             PageContent::Raw(page) => ram.write_page(index, page).map_err(|e| e.to_string()),
+            PageContent::Patch(patch) => {
+                // A copy: what fails its check must not be left behind in the RAM.
+                let mut page = *ram.page(index);
+                patch
+                    .apply(&mut page)
+                    .map_err(|e| format!("page {index}: {e}"))?;
+                ram.write_page(index, &page).map_err(|e| e.to_string())
+            }
         }
     }
 }
@@ -239,7 +247,7 @@ pub const FIRST_EPOCH: Epoch = Epoch(1);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use interconnect::codec::CompressMode;
+    use interconnect::codec::{CodecChoice, EncodePolicy, LinkFacts};
     use interconnect::epoch::{EpochLimits, EpochMeta, EpochWriter};
     use std::convert::Infallible;
     use std::sync::mpsc::{Receiver as Inbox, channel};
@@ -276,7 +284,7 @@ mod tests {
             frames,
             inbox,
             slots: start(landing, rx, tx).unwrap(),
-            writer: EpochWriter::new(VM, GENERATION, CompressMode::Raw),
+            writer: EpochWriter::new(VM, GENERATION, EncodePolicy::v1(CodecChoice::Raw)),
             _file: file,
         }
     }
@@ -296,7 +304,7 @@ mod tests {
                 guest_pages: PAGES,
                 ..EpochMeta::default()
             };
-            self.writer.begin(Epoch(epoch));
+            self.writer.begin(Epoch(epoch), LinkFacts::default());
             self.writer
                 .device_state(Bytes::from_static(b"state"), &mut send)
                 .unwrap();

@@ -11,10 +11,11 @@ pub use guest::Guest;
 use self::view::{audit_view, view};
 use super::DrillKind;
 use super::env::{
-    AuditView, ClientPipes, DiskRecords, DrillEnv, EnvError, MonotonicNs, Role, Service, Setting,
-    VmView,
+    AuditView, ClientPipes, DiskRecords, DrillEnv, EnvError, LinkHarm, MonotonicNs,
+    SLOW_LINK_BYTES_PER_S, Service, Setting, VmView,
 };
 use crate::api::client::{Client, ClientError, block};
+use crate::api::links::LinkHealth;
 use crate::api::types::{self, CreateVm, Done, HostStatus, Protect, VmStatus};
 use crate::lab::daemons::{daemon_spec, up_linked, wait_daemon};
 use crate::lab::{HostNet, KeepPolicy, Lab, Place, in_network};
@@ -209,12 +210,23 @@ impl LabEnv {
         Ok(self.hosts()?.into_iter().map(|h| h.name).collect())
     }
 
+    /// The names of the two hosts.
+    fn pair(&self) -> Result<(HostName, HostName), EnvError> {
+        match &self.lab()?.plan().hosts[..] {
+            [a, b] => Ok((a.name.clone(), b.name.clone())),
+            _ => Err(EnvError::new(
+                "naming the pair",
+                "the lab has not two hosts",
+            )),
+        }
+    }
+
     /// Make the lab, or see that the one that is up is free for another VM.
-    fn begin(&mut self) -> Result<HostNet, EnvError> {
+    fn begin(&mut self, links: u8) -> Result<HostNet, EnvError> {
         let step = "making the lab";
         if self.lab.is_none() {
             let hosts = ["a", "b"].map(|n| HostName::new(n).expect("both are valid names"));
-            let spec = daemon_spec(&self.name, hosts.to_vec(), 1, KeepPolicy::WithCreator);
+            let spec = daemon_spec(&self.name, hosts.to_vec(), links, KeepPolicy::WithCreator);
             let mut spec = spec.map_err(|e| EnvError::new(step, e))?;
             spec.program = self.pollux()?;
             if let Some(program) = spec.daemon_argv.first_mut() {
@@ -275,9 +287,7 @@ impl LabEnv {
     /// If none does.
     pub fn primary(&mut self) -> Result<VmView, String> {
         let views = self.views().map_err(|e| e.to_string())?;
-        let mut running = views
-            .into_iter()
-            .filter(|v| matches!(v.role, Role::Primary | Role::Solo));
+        let mut running = views.into_iter().filter(VmView::runs);
         match (running.next(), running.next()) {
             (Some(view), None) => Ok(view),
             (None, _) => Err("no host runs the VM".into()),
@@ -292,7 +302,7 @@ impl LabEnv {
 impl DrillEnv for LabEnv {
     fn prepare(&mut self, setting: &Setting, limit: Duration) -> Result<(), EnvError> {
         self.service = setting.service;
-        let net = self.begin()?;
+        let net = self.begin(setting.links)?;
         let image = net.state_dir.join("images").join(format!("{VM_NAME}.raw"));
         File::options()
             .write(true)
@@ -389,8 +399,13 @@ impl DrillEnv for LabEnv {
             DrillKind::KillHost => lab.power_cut(primary),
             DrillKind::FreezeHost => lab.freeze(primary),
             DrillKind::CutLink => {
-                let hosts = self.hosts()?;
-                lab.cut_link(&hosts[0].name, &hosts[1].name, 0)
+                let (a, b) = self.pair()?;
+                (0..lab.plan().private_links)
+                    .map(|link| lab.cut_link(&a, &b, link))
+                    .fold(Ok(MonotonicNs::now()), |first, next| first.and(next))
+            }
+            DrillKind::CutOneLink | DrillKind::SlowLink => {
+                return Err(EnvError::new(step, "it is done link by link"));
             }
             DrillKind::KillQemu => {
                 let pid = pid
@@ -412,6 +427,34 @@ impl DrillEnv for LabEnv {
             self.dark = Some(primary.clone());
         }
         done.map_err(|e| EnvError::new(step, e))
+    }
+
+    fn harm_link(&mut self, link: u8, harm: LinkHarm) -> Result<MonotonicNs, EnvError> {
+        let (a, b) = self.pair()?;
+        let lab = self.lab()?;
+        match harm {
+            LinkHarm::Silent => lab.cut_link(&a, &b, link),
+            LinkHarm::Unplugged => lab.unplug_link(&a, &b, link),
+            LinkHarm::Slow => lab.shape_link(&a, &b, link, Some(SLOW_LINK_BYTES_PER_S)),
+        }
+        .map_err(|e| EnvError::new(format!("harming private link {link}"), e))
+    }
+
+    fn heal_link(&mut self, link: u8) -> Result<MonotonicNs, EnvError> {
+        let (a, b) = self.pair()?;
+        let lab = self.lab()?;
+        lab.shape_link(&a, &b, link, None)
+            .and_then(|_| lab.heal_link(&a, &b, link))
+            .map_err(|e| EnvError::new(format!("healing private link {link}"), e))
+    }
+
+    fn link_carries(&mut self, link: u8) -> Result<Option<bool>, EnvError> {
+        let hosts = host_statuses(self)?;
+        let told: Option<Vec<bool>> = hosts
+            .iter()
+            .map(|host| link_up(host.partners.first()?, link))
+            .collect();
+        Ok(told.map(|all| all.iter().all(|up| *up)))
     }
 
     fn wait_running(&mut self, generation: u64, limit: Duration) -> Result<VmView, EnvError> {
@@ -446,8 +489,16 @@ impl DrillEnv for LabEnv {
         let done = match kind {
             DrillKind::KillHost => lab.power_on(failed),
             DrillKind::FreezeHost => lab.thaw(failed),
-            DrillKind::CutLink => lab.heal_link(&hosts[0].name, &hosts[1].name, 0),
-            DrillKind::KillQemu | DrillKind::Switchover => return Ok(()),
+            DrillKind::CutLink => {
+                let (a, b) = self.pair()?;
+                (0..lab.plan().private_links)
+                    .map(|link| lab.heal_link(&a, &b, link))
+                    .fold(Ok(MonotonicNs::now()), |first, next| first.and(next))
+            }
+            DrillKind::KillQemu
+            | DrillKind::Switchover
+            | DrillKind::CutOneLink
+            | DrillKind::SlowLink => return Ok(()),
         };
         done.map_err(|e| EnvError::new(step.clone(), e))?;
         self.dark = None;
@@ -493,6 +544,12 @@ impl DrillEnv for LabEnv {
             eprintln!("the lab could not be taken down: {e}");
         }
     }
+}
+
+/// Whether `partner`'s link carries, as this host says; none if it does not tell.
+fn link_up(partner: &types::PartnerStatus, link: u8) -> Option<bool> {
+    let health = partner.links.get(usize::from(link))?;
+    Some(*health == LinkHealth::Up)
 }
 
 /// Ascending numbers as inclusive ranges.

@@ -12,6 +12,8 @@ pub(crate) fn spec(kind: DrillKind) -> DrillSpec {
     DrillSpec {
         kind,
         repeat: 1,
+        links: 2,
+        cut_before: false,
         load,
         service: Service::Counter,
         seed: 1,
@@ -76,6 +78,7 @@ pub(crate) fn good() -> Facts {
         injected_ns: ms(100, 6),
         after: Some(after),
         audit: Some(audit),
+        links: Vec::new(),
         watched_until_ns: ms(180, 0),
         reprotected_us: Some(400_000),
         mirror_lost: false,

@@ -1,6 +1,6 @@
 use super::*;
 use crate::drill::client::run_clients;
-use crate::drill::env::{AuditView, ClientPipes, DiskRecords, FailoverView, Role};
+use crate::drill::env::{AuditView, ClientPipes, DiskRecords, FailoverView, LinkHarm, Role};
 use crate::drill::report::tests::{spec, view};
 use crate::drill::{DrillKind, client};
 use crate::pool::HostName;
@@ -17,6 +17,10 @@ struct Words {
     generation: u64,
     host: usize,
     finished: bool,
+    harmed: Vec<u8>,
+    healed: u64,
+    /// The mirror breaks when a link is harmed and is made anew when it heals.
+    breaks: bool,
 }
 
 impl Words {
@@ -30,7 +34,13 @@ impl Words {
     }
 
     fn view(&self) -> VmView {
-        view(["a", "b"][self.host], Role::Primary, self.generation)
+        let broken = self.breaks && !self.harmed.is_empty();
+        let generation = self.generation + if self.breaks { self.healed } else { 0 };
+        VmView {
+            mirrored: !broken,
+            state: if broken { "solo" } else { "mirrored" }.into(),
+            ..view(["a", "b"][self.host], Role::Primary, generation)
+        }
     }
 }
 
@@ -67,6 +77,19 @@ impl DrillEnv for Words {
     fn inject(&mut self, _: DrillKind, primary: &HostName) -> Result<MonotonicNs, EnvError> {
         assert_eq!(*primary, self.view().host);
         self.call("inject").map(|()| MonotonicNs::now())
+    }
+    fn harm_link(&mut self, link: u8, _: LinkHarm) -> Result<MonotonicNs, EnvError> {
+        self.harmed.push(link);
+        self.call("harm_link").map(|()| MonotonicNs::now())
+    }
+    fn heal_link(&mut self, link: u8) -> Result<MonotonicNs, EnvError> {
+        self.harmed.retain(|harmed| *harmed != link);
+        self.healed += 1;
+        self.call("heal_link").map(|()| MonotonicNs::now())
+    }
+    fn link_carries(&mut self, link: u8) -> Result<Option<bool>, EnvError> {
+        let carries = !self.harmed.contains(&link) && self.fail_at != "link_carries";
+        Ok((self.fail_at != "link_told").then_some(carries))
     }
     fn wait_running(&mut self, generation: u64, _: Duration) -> Result<VmView, EnvError> {
         assert_eq!(generation, self.generation);
@@ -111,16 +134,22 @@ impl DrillEnv for Words {
 }
 
 fn drill(env: &mut Words) -> Result<DrillReport, DrillError> {
+    drill_kind(env, DrillKind::KillHost)
+}
+
+fn drill_kind(env: &mut Words, kind: DrillKind) -> Result<DrillReport, DrillError> {
     let pace = Pace {
         baseline: Duration::from_millis(20),
         calm: (Duration::from_millis(5), Duration::from_millis(10)),
+        harm: (Duration::from_millis(5), Duration::from_millis(10)),
+        failover_max: Duration::from_secs(1),
         look_every: Duration::from_millis(1),
         ..Pace::default()
     };
     let report = run_paced(
         &DrillSpec {
             repeat: 2,
-            ..spec(DrillKind::KillHost)
+            ..spec(kind)
         },
         env,
         &pace,
@@ -183,4 +212,90 @@ fn what_cannot_be_done_is_an_error_before_and_a_failed_drill_after() {
             report.failures
         );
     }
+}
+
+#[test]
+fn a_link_of_several_is_harmed_and_healed_and_the_vm_stays() {
+    for kind in [DrillKind::CutOneLink, DrillKind::SlowLink] {
+        let mut env = Words::default();
+        let report = drill_kind(&mut env, kind).unwrap();
+        assert_eq!(report.failures, Vec::<String>::new());
+        assert!(env.harmed.is_empty() && env.healed >= 2);
+        assert!(!env.calls.iter().any(|call| call == "inject"));
+        for run in &report.runs {
+            assert!(!run.links.is_empty() && run.blackout_us.is_some());
+            assert!(
+                run.links
+                    .iter()
+                    .all(|l| l.back_us.is_some() && l.lag.count > 0)
+            );
+        }
+    }
+}
+
+#[test]
+fn a_mirror_that_breaks_with_one_link_is_told_of() {
+    let fails = |env: Words, words: &[&str]| {
+        let report = drill_kind(&mut { env }, DrillKind::CutOneLink).unwrap();
+        for word in words {
+            assert!(
+                report.failures.iter().any(|f| f.contains(word)),
+                "{word}: {:?}",
+                report.failures
+            );
+        }
+    };
+    let breaks = Words {
+        breaks: true,
+        ..Words::default()
+    };
+    fails(
+        breaks,
+        &["did not stay mirrored: mirrored anew", "seen solo"],
+    );
+    let of = |fail_at| Words {
+        fail_at,
+        ..Words::default()
+    };
+    fails(of("link_carries"), &["was not taken back"]);
+    fails(of("link_told"), &["do not tell"]);
+    fails(of("harm_link"), &["harm_link: as told"]);
+}
+
+#[test]
+fn a_pair_with_one_link_has_none_to_spare() {
+    let alone = |kind, cut_before| {
+        let spec = DrillSpec {
+            links: 1,
+            cut_before,
+            ..spec(kind)
+        };
+        run_paced(&spec, &mut Words::default(), &Pace::default(), &mut |_| {})
+    };
+    for refused in [
+        alone(DrillKind::CutOneLink, false),
+        alone(DrillKind::KillHost, true),
+    ] {
+        assert!(refused.unwrap_err().to_string().contains("none to spare"));
+    }
+}
+
+#[test]
+fn a_failure_may_meet_a_pair_with_a_link_less() {
+    let mut env = Words::default();
+    let pace = Pace {
+        baseline: Duration::from_millis(20),
+        calm: (Duration::from_millis(20), Duration::from_millis(30)),
+        look_every: Duration::from_millis(1),
+        ..Pace::default()
+    };
+    let spec = DrillSpec {
+        cut_before: true,
+        ..spec(DrillKind::KillHost)
+    };
+    let report = run_paced(&spec, &mut env, &pace, &mut |_| {}).unwrap();
+    assert_eq!(report.failures, Vec::<String>::new());
+    let at = |name: &str| env.calls.iter().position(|call| call == name).unwrap();
+    assert!(at("harm_link") < at("inject") && at("inject") < at("heal_link"));
+    assert!(env.harmed.is_empty() && at("heal_link") < at("repair"));
 }

@@ -3,7 +3,7 @@
 use super::machine::{InFlight, Primary};
 use super::{PrimaryAction, PrimaryState};
 use crate::mirror::sabotage::{Bug, sabotaged};
-use crate::mirror::{Alert, CUT_FAILURES_MAX, Micros};
+use crate::mirror::{Alert, CUT_FAILURES_MAX, Flow, Micros};
 use crate::pool::{Epoch, Generation};
 
 impl Primary {
@@ -18,6 +18,7 @@ impl Primary {
         self.cut_failures = 0;
         self.last_epoch = None;
         self.early_ack = None;
+        self.flow = Flow::new(self.now);
         self.become_(PrimaryState::FirstEpoch);
         self.cut(false);
     }
@@ -35,7 +36,7 @@ impl Primary {
         });
     }
 
-    pub(super) fn cut_done(&mut self, epoch: Epoch, pause: Micros, pages: u64) {
+    pub(super) fn cut_done(&mut self, epoch: Epoch, pause: Micros, bytes: u64, pages: u64) {
         if let Some(stays_stopped) = self.stray_cut.take() {
             if stays_stopped {
                 self.actions.push_back(PrimaryAction::Resume);
@@ -53,6 +54,7 @@ impl Primary {
         self.last_cut = epoch;
         self.guest_stopped = self.last_epoch == Some(epoch);
         self.schedule.cut_done(self.now, pause, pages);
+        self.flow.cut_done(cut_at, bytes, self.now);
         self.in_flight.push_back(InFlight {
             epoch,
             cut_at,
@@ -129,6 +131,9 @@ impl Primary {
             self.committed = flight.epoch;
             self.committed_cut_at = Some(flight.cut_at);
             self.fresh_until = flight.sent_at + self.config.timing.release_within;
+        }
+        if self.in_flight.is_empty() {
+            self.flow.acknowledged(self.now);
         }
         if self.state == PrimaryState::FirstEpoch {
             self.retry_at = self.now;

@@ -1,10 +1,12 @@
 //! The primary: inputs, epochs, release. What it asks of the registry is in `registry.rs`.
 
 use super::{PrimaryAction, PrimaryConfig, PrimaryEnd, PrimaryInput, PrimaryState, PrimaryStatus};
+use crate::mirror::flow::OVERLOAD_PATIENCE;
 use crate::mirror::sabotage::{Bug, sabotaged};
 use crate::mirror::{
-    Alert, Micros, REGISTRY_RETRY_MIN, Schedule, Ticket, Verdict, Versioned, VmRecord,
+    Alert, Flow, Micros, REGISTRY_RETRY_MIN, Schedule, Ticket, Verdict, Versioned, VmRecord,
 };
+use crate::pool::spec::Overload;
 use crate::pool::{Epoch, Generation, HostName};
 use std::collections::VecDeque;
 
@@ -54,6 +56,10 @@ pub(super) struct Pending {
     pub(super) stalls: u64,
 }
 
+/// How often slow links are looked at while they bound the guest: what they carry in that
+/// time is little against [`crate::mirror::flow::UNDER_WAY_MAX`].
+const LOOK_AT_SLOW_LINKS: Micros = Micros::from_millis(5);
+
 /// The side that runs the VM; see the module.
 #[derive(Clone, Debug)]
 pub struct Primary {
@@ -66,6 +72,10 @@ pub struct Primary {
     /// Of the attempt, or of the tenure while solo.
     pub(super) generation: Generation,
     pub(super) schedule: Schedule,
+    pub(super) flow: Flow,
+    /// Stands for the links' sake.
+    pub(super) held_back: bool,
+    pub(super) overload_alerted: bool,
     /// Asked for and not yet done.
     pub(super) cutting: Option<(Epoch, Micros)>,
     pub(super) last_cut: Epoch,
@@ -114,6 +124,9 @@ impl Primary {
             partner: None,
             generation: record.value.generation,
             schedule: Schedule::new(config.policy, now),
+            flow: Flow::new(now),
+            held_back: false,
+            overload_alerted: false,
             cutting: None,
             last_cut: Epoch(0),
             in_flight: VecDeque::new(),
@@ -175,6 +188,7 @@ impl Primary {
             lag,
             mirrored: named && lag.is_some_and(|lag| lag < self.config.timing.lag_alarm),
             holding_still: self.holding_still,
+            limited: self.flow.limited().filter(|_| self.state.holds_output()),
             last_reason: self.last_reason.clone(),
         }
     }
@@ -204,7 +218,10 @@ impl Primary {
             PrimaryInput::Protect { partner } => self.protect(partner),
             PrimaryInput::Unprotect => self.unprotect(),
             PrimaryInput::Switchover => self.switchover(),
-            PrimaryInput::SetPolicy(policy) => self.schedule.set_policy(policy),
+            PrimaryInput::SetPolicy(policy) => {
+                self.config.policy = policy;
+                self.schedule.set_policy(policy);
+            }
             PrimaryInput::LinkUp => self.link_down_since = None,
             PrimaryInput::LinkDown { reason } => {
                 self.link_down_since.get_or_insert(self.now);
@@ -234,6 +251,7 @@ impl Primary {
             PrimaryInput::SeedingFailed { .. } => {}
             PrimaryInput::OutputWaiting => self.schedule.output_waiting(self.now),
             PrimaryInput::Pressure(_) => self.schedule.pressure(),
+            PrimaryInput::Lane(level) => self.flow.level(level, self.now),
             PrimaryInput::GuestBusy { permille, crowding } => {
                 self.schedule.guest_busy(permille, crowding);
             }
@@ -241,9 +259,9 @@ impl Primary {
             PrimaryInput::CutDone {
                 epoch,
                 pause,
+                bytes,
                 pages,
-                ..
-            } => self.cut_done(epoch, pause, pages),
+            } => self.cut_done(epoch, pause, bytes, pages),
             PrimaryInput::CutFailed { epoch, reason } => self.cut_failed(epoch, &reason),
             PrimaryInput::Sent { epoch, at } => {
                 for flight in self
@@ -396,6 +414,7 @@ impl Primary {
             self.become_(S::HandingOver);
         }
         self.ask_registry();
+        self.mind_the_links();
         if self.may_cut() {
             match self.state {
                 S::LastEpoch if self.in_flight.is_empty() => self.cut(true),
@@ -417,7 +436,43 @@ impl Primary {
             PrimaryState::LastEpoch => self.last_epoch.is_none(),
             _ => false,
         };
-        wanted && room && self.cutting.is_none() && !self.holding_still && !self.guest_stopped
+        let stands = self.holding_still || self.guest_stopped || self.held_back;
+        wanted && room && self.cutting.is_none() && !stands
+    }
+
+    /// Hold the guest back, or let it go, as the links bear it.
+    pub(super) fn mind_the_links(&mut self) {
+        use PrimaryState as S;
+        self.schedule
+            .links(self.flow.backlog_until(), self.flow.cut_by());
+        let slow = self.state == S::Mirrored && self.flow.slow_since().is_some();
+        if slow && !self.overload_alerted {
+            let limited = self.flow.limited();
+            self.actions
+                .push_back(PrimaryAction::Alert(Alert::Overloaded {
+                    bytes: limited.map_or(0, |l| l.bytes),
+                    drains_in: limited.and_then(|l| l.drains_in),
+                }));
+        }
+        self.overload_alerted = slow;
+        // The guest is not this side's to hold, or stands for another reason already.
+        let stands = self.holding_still || self.guest_stopped || self.cutting.is_some();
+        let hold = slow
+            && !stands
+            && self.config.policy.overload == Overload::Throttle
+            && self.flow.holds(self.now)
+            && !sabotaged(Bug::NeverHeldBack);
+        if hold && !self.held_back {
+            self.flow.hold(self.now);
+            self.actions.push_back(PrimaryAction::HoldBack);
+        } else if !hold && self.held_back {
+            self.flow.let_go(self.now);
+            self.schedule.let_go(self.now);
+            if !self.holding_still && self.state != S::StoodDown {
+                self.actions.push_back(PrimaryAction::LetGo);
+            }
+        }
+        self.held_back = hold;
     }
 
     pub(super) fn broken_reason(&self) -> Option<String> {
@@ -440,6 +495,13 @@ impl Primary {
         }
         if self.state == S::Preparing && self.now >= self.prepare_until {
             return Some("the partner made no standby ready in time".into());
+        }
+        if self.state == S::Mirrored
+            && self.config.policy.overload == Overload::Solo
+            && let Some(since) = self.flow.slow_since()
+            && self.now.since(since) >= OVERLOAD_PATIENCE
+        {
+            return Some("the guest dirties more than the links to the partner carry".into());
         }
         let oldest = self.in_flight.front()?;
         (self.state.holds_output() && self.now.since(oldest.cut_at) >= timing.ack_overdue)
@@ -474,6 +536,12 @@ impl Primary {
         }
         if self.may_cut() && matches!(self.state, S::FirstEpoch | S::Mirrored) {
             at = at.min(self.schedule.next_cut());
+        }
+        if self.state == S::Mirrored && self.flow.slow_since().is_some() {
+            at = at.min(self.now + LOOK_AT_SLOW_LINKS);
+            if let Some(go) = self.flow.let_go_at(self.now) {
+                at = at.min(go.max(self.now + Micros(500)));
+            }
         }
         at
     }

@@ -33,7 +33,9 @@ mod tests;
 pub use machine::Primary;
 pub use state::{PRIMARY_TRANSITIONS, PrimaryState};
 
-use super::{Alert, ClaimOutcome, Micros, Policy, Ticket, Timing, Verdict, VmRecord};
+use super::{
+    Alert, ClaimOutcome, LaneLevel, Limited, Micros, Policy, Ticket, Timing, Verdict, VmRecord,
+};
 use crate::pool::{Epoch, Generation, HostName};
 
 /// What a primary is told once.
@@ -108,6 +110,8 @@ pub enum PrimaryInput {
     OutputWaiting,
     /// A buffer nears its limit.
     Pressure(PressureKind),
+    /// How the epoch lane stands; to be told at least every few ms while an epoch is under way.
+    Lane(LaneLevel),
     /// What the busiest vCPU wanted of a core, fed at or just before each `CutDone`.
     GuestBusy {
         /// Time it ran or waited for a core, per mille of the time it was allowed to: 0 to 1000.
@@ -123,7 +127,7 @@ pub enum PrimaryInput {
         epoch: Epoch,
         /// How long the guest stood still.
         pause: Micros,
-        /// Bytes to send.
+        /// Bytes to send, before encoding.
         bytes: u64,
         /// Dirty pages.
         pages: u64,
@@ -259,6 +263,10 @@ pub enum PrimaryAction {
     },
     /// Run the vCPUs again (after `HoldStill` or a cut with `stay_stopped`).
     Resume,
+    /// Stop the vCPUs for the links' sake, until `LetGo`: soon, and again and again.
+    HoldBack,
+    /// Run the vCPUs again after `HoldBack`.
+    LetGo,
     /// Release everything that is held; from here packets and writes go direct.
     GoSolo {
         /// The generation the VM runs under.
@@ -306,6 +314,8 @@ pub struct PrimaryStatus {
     pub mirrored: bool,
     /// True while the guest stands still for want of a registry.
     pub holding_still: bool,
+    /// How the links bound the VM, if they do.
+    pub limited: Option<Limited>,
     /// Why the last attempt to mirror ended, if it did.
     pub last_reason: Option<String>,
 }

@@ -104,7 +104,9 @@ fn mirror(spec: &VmSpec) -> Table {
     number("epoch_interval_max_ms", policy.epoch_interval_max_ms);
     number("overhead_max_percent", policy.overhead_max_percent.into());
     number("held_packets_max", policy.held_packets_max);
-    t.insert("compress".into(), Value::Boolean(policy.compress));
+    t.insert("codec".into(), text(policy.codec));
+    t.insert("delta".into(), Value::Boolean(policy.delta));
+    t.insert("overload".into(), text(policy.overload.word()));
     t.insert("audit".into(), Value::Boolean(policy.audit));
     t.insert("overlay_max".into(), text(policy.overlay_max));
     t

@@ -86,6 +86,16 @@ pub enum Problem {
         /// What to use now.
         instead: &'static str,
     },
+    /// A key that an earlier version had.
+    #[error("`{key} = {value}` is a key of an earlier version: {instead}")]
+    Replaced {
+        /// Path of the key.
+        key: String,
+        /// The value as written.
+        value: String,
+        /// What to write now.
+        instead: &'static str,
+    },
     /// Two parts of the spec that do not go together.
     #[error("{0}")]
     Conflict(String),

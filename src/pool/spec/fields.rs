@@ -101,10 +101,32 @@ impl<'t> Reader<'t> {
         words: &'static str,
         known: &[&'static str],
     ) -> Fields<'n> {
+        self.table_replacing(prefix, span, entries, words, known, &[])
+    }
+
+    /// As [`Self::table`] for one that had other keys once: each of `replaced` is refused
+    /// with what its function says to write instead of the value.
+    pub fn table_replacing<'n>(
+        &mut self,
+        prefix: &str,
+        span: Span,
+        entries: &'n [Entry],
+        words: &'static str,
+        known: &[&'static str],
+        replaced: &[(&str, fn(&Value) -> &'static str)],
+    ) -> Fields<'n> {
         for entry in entries {
             let path = format!("{prefix}{}", entry.key);
             self.places.insert(path.clone(), entry.span.clone());
-            if !known.contains(&entry.key.as_str()) {
+            if let Some((_, instead)) = replaced.iter().find(|(key, _)| *key == entry.key) {
+                let value = &entry.node.value;
+                let problem = Problem::Replaced {
+                    key: path.clone(),
+                    value: shown(value),
+                    instead: instead(value),
+                };
+                self.report(&path, problem);
+            } else if !known.contains(&entry.key.as_str()) {
                 let nearest = known
                     .iter()
                     .map(|key| (strsim::jaro_winkler(key, &entry.key), key))
@@ -333,6 +355,16 @@ impl Fields<'_> {
     /// Path of a key of this table.
     pub fn path(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
+    }
+}
+
+/// A value on one line.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Text(text) => quoted(text),
+        Value::Integer(number) => number.to_string(),
+        Value::Bool(flag) => flag.to_string(),
+        other => format!("({})", other.type_words()),
     }
 }
 

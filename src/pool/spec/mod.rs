@@ -28,7 +28,7 @@ pub use machine::{Machine, MachineFamily, Transport, version_key};
 pub use read::{SPEC_TEXT_BYTES_MAX, SpecNote};
 pub use values::{
     AccelChoice, BadValue, CpuModel, Disk, DiskKind, Durability, MacAddr, MemoryBytes,
-    MirrorPolicy, Nic, Protection, SizeBytes, VmName,
+    MirrorPolicy, Nic, Overload, Protection, SizeBytes, VmName,
 };
 
 use super::VmId;

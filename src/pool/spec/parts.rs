@@ -2,10 +2,11 @@
 
 use super::fields::{Fields, Reader};
 use super::read::{SpecNote, image_path, label, needed, not_built, one_of};
-use super::tree::Node;
+use super::tree::{Node, Value};
 use super::values::{BRIDGE_BYTES_MAX, DISK_MAX, DISK_STEP, LABEL_RULE, MIB, SizeBytes};
-use super::{BadValue, Disk, DiskKind, Durability, MacAddr, MirrorPolicy, Nic};
+use super::{BadValue, Disk, DiskKind, Durability, MacAddr, MirrorPolicy, Nic, Overload};
 use crate::pool::{HostName, VmId};
+use interconnect::codec::CodecChoice;
 
 /// Bounds of the overlay: below, one large write stalls the guest; above, it is
 /// larger than the staging of any epoch.
@@ -27,11 +28,27 @@ const MIRROR_KEYS: &[&str] = &[
     "epoch_gap_min_ms",
     "epoch_interval_max_ms",
     "overhead_max_percent",
-    "compress",
+    "codec",
+    "delta",
+    "overload",
     "audit",
     "held_packets_max",
     "overlay_max",
 ];
+
+/// What to write for `compress`, which said less than there is to say.
+fn codec_for_compress(value: &Value) -> &'static str {
+    match value {
+        Value::Bool(true) => {
+            "write codec = \"auto\", which compresses where that is faster, or pin \"lz4\" or \"zstd\""
+        }
+        Value::Bool(false) => {
+            "write codec = \"raw\" to send pages as they are, or leave it out: \"auto\" compresses \
+             only where that is faster"
+        }
+        _ => "write codec = \"auto\", \"raw\", \"lz4\" or \"zstd\"",
+    }
+}
 
 /// One table: `None` if something is wrong with it, which is reported.
 pub(super) fn disk(
@@ -164,12 +181,13 @@ pub(super) fn mirror(r: &mut Reader<'_>, f: &Fields<'_>) -> Option<MirrorPolicy>
         return Some(default);
     };
     let entries = r.entries("mirror", node)?;
-    let f = r.table(
+    let f = r.table_replacing(
         "mirror.",
         node.span.clone(),
         entries,
         "[mirror]",
         MIRROR_KEYS,
+        &[("compress", codec_for_compress)],
     );
     let partner = r
         .text(&f, "partner", |text| {
@@ -179,7 +197,16 @@ pub(super) fn mirror(r: &mut Reader<'_>, f: &Fields<'_>) -> Option<MirrorPolicy>
     let gap = r.integer(&f, "epoch_gap_min_ms", 0_u32, 1_000);
     let interval = r.integer(&f, "epoch_interval_max_ms", 5_u32, 10_000);
     let overhead = r.integer(&f, "overhead_max_percent", 1_u8, 90);
-    let compress = r.flag(&f, "compress");
+    let codec = r.text(&f, "codec", |text| {
+        one_of(
+            text,
+            &CodecChoice::ALL.map(|choice| (choice.word(), choice)),
+        )
+    });
+    let delta = r.flag(&f, "delta");
+    let overload = r.text(&f, "overload", |text| {
+        one_of(text, &Overload::ALL.map(|what| (what.word(), what)))
+    });
     let audit = r.flag(&f, "audit");
     let packets = r.integer(&f, "held_packets_max", 16_u32, 1 << 20);
     let overlay = r.size(&f, "overlay_max", |bytes| {
@@ -198,7 +225,9 @@ pub(super) fn mirror(r: &mut Reader<'_>, f: &Fields<'_>) -> Option<MirrorPolicy>
         epoch_gap_min_ms: gap.or(default.epoch_gap_min_ms)?,
         epoch_interval_max_ms: interval.or(default.epoch_interval_max_ms)?,
         overhead_max_percent: overhead.or(default.overhead_max_percent)?,
-        compress: compress.or(default.compress)?,
+        codec: codec.or(default.codec)?,
+        delta: delta.or(default.delta)?,
+        overload: overload.or(default.overload)?,
         audit: audit.or(default.audit)?,
         held_packets_max: packets.or(default.held_packets_max)?,
         overlay_max: overlay.or(default.overlay_max)?,

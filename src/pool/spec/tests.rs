@@ -405,13 +405,61 @@ fn boot() -> impl Strategy<Value = Boot> {
     ]
 }
 
+#[test]
+fn the_key_of_an_earlier_version_says_what_to_write() {
+    let with = |line: &str| GOOD.replacen("[mirror]", &format!("[mirror]\n{line}"), 1);
+    let refused = |line: &str| {
+        VmSpec::parse(&with(line), "vm.toml")
+            .unwrap_err()
+            .to_string()
+    };
+    for (line, instead) in [
+        ("compress = true", "write codec = \"auto\""),
+        ("compress = false", "write codec = \"raw\""),
+        (
+            "compress = \"zstd\"",
+            "write codec = \"auto\", \"raw\", \"lz4\" or \"zstd\"",
+        ),
+    ] {
+        let text = refused(line);
+        let begin = format!("`mirror.{line}` is a key of an earlier version: {instead}");
+        assert!(text.contains(&begin) && !text.contains("unknown"), "{text}");
+        assert!(text.starts_with("vm.toml:20:1:"), "{text}");
+    }
+    assert!(refused("codec = \"gzip\"").contains(
+        "`mirror.codec = \"gzip\"` is not valid: use \"auto\" or \"raw\" or \"lz4\" or \"zstd\""
+    ));
+    assert!(
+        refused("overload = \"stop\"")
+            .contains("`mirror.overload = \"stop\"` is not valid: use \"throttle\" or \"solo\"")
+    );
+    // A near miss is pointed to what there is, not to what there was.
+    let near = refused("compres = true");
+    assert!(
+        near.contains("unknown key") && !near.contains("compress,"),
+        "{near}"
+    );
+    let spec = VmSpec::parse(&with("codec = \"zstd\"\ndelta = false"), "vm.toml").unwrap();
+    assert_eq!(
+        (spec.mirror.codec, spec.mirror.delta),
+        (interconnect::codec::CodecChoice::Zstd, false)
+    );
+    let spec = VmSpec::parse(GOOD, "vm.toml").unwrap();
+    assert_eq!(
+        (spec.mirror.codec, spec.mirror.delta),
+        (interconnect::codec::CodecChoice::Auto, true)
+    );
+}
+
 prop_compose! {
     fn policy()(
         partner in label(),
         gap in 0..1_000_u32,
         more in 5..9_000_u32,
         overhead in 1..=90_u8,
-        compress: bool,
+        codec in proptest::sample::select(&interconnect::codec::CodecChoice::ALL[..]),
+        delta: bool,
+        overload in proptest::sample::select(&Overload::ALL[..]),
         audit: bool,
         packets in 16..=1_u32 << 20,
         overlay in 1_u64 << 20..=64 << 30,
@@ -421,7 +469,9 @@ prop_compose! {
             epoch_gap_min_ms: gap,
             epoch_interval_max_ms: gap + more,
             overhead_max_percent: overhead,
-            compress,
+            codec,
+            delta,
+            overload,
             audit,
             held_packets_max: packets,
             overlay_max: SizeBytes(overlay),

@@ -1,6 +1,7 @@
 //! The values a spec is made of: newtypes that hold only what is allowed.
 
 use crate::pool::HostName;
+use interconnect::codec::CodecChoice;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -367,6 +368,30 @@ impl Protection {
     }
 }
 
+/// What becomes of a mirrored VM that dirties more than the links carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Overload {
+    /// The guest is slowed until they keep up.
+    #[default]
+    Throttle,
+    /// It goes on at full speed, unmirrored, and is mirrored again later.
+    Solo,
+}
+
+impl Overload {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Throttle, Self::Solo];
+
+    /// The word for it in a spec.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Throttle => "throttle",
+            Self::Solo => "solo",
+        }
+    }
+}
+
 /// How a VM is mirrored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MirrorPolicy {
@@ -378,8 +403,12 @@ pub struct MirrorPolicy {
     pub epoch_interval_max_ms: u32,
     /// Most of the CPU time the guest wants that checkpoints may take.
     pub overhead_max_percent: u8,
-    /// Compress pages on the wire.
-    pub compress: bool,
+    /// How pages, disk writes and device state are packed on the wire.
+    pub codec: CodecChoice,
+    /// Send pages as differences to what the standby holds where that is less.
+    pub delta: bool,
+    /// What becomes of the VM if it dirties more than the links carry.
+    pub overload: Overload,
     /// Keep sums over all memory and disks and compare them at a promotion (for drills).
     pub audit: bool,
     /// Most packets the egress gate of a NIC holds; beyond it they are dropped, as a full
@@ -401,7 +430,10 @@ impl Default for MirrorPolicy {
             // A guest keeps at least 70 % of its unprotected throughput, with some to spare for
             // what the pauses do not show.
             overhead_max_percent: 25,
-            compress: false,
+            // What is soonest at the standby, as measured on this link and this CPU.
+            codec: CodecChoice::Auto,
+            delta: true,
+            overload: Overload::Throttle,
             audit: false,
             // 16,384 full Ethernet frames are 24 MB: one second at 200 Mbit/s.
             held_packets_max: 16_384,

@@ -84,6 +84,8 @@ impl PrimarySide {
                     disk.checkpoint_ends();
                 }
             }
+            PrimaryAction::HoldBack => self.hold_back(),
+            PrimaryAction::LetGo => self.let_go(),
             PrimaryAction::GoSolo { generation } => self.go_solo(generation),
             PrimaryAction::DismissStandby => {
                 let attempt = self
@@ -268,6 +270,46 @@ impl PrimarySide {
         None
     }
 
+    /// As for `HoldStill`, but without a word: it happens many times a second.
+    fn hold_back(&mut self) {
+        // A guest that is off would be woken by letting it go.
+        if self.guest_off != GuestOff::No {
+            return;
+        }
+        for disk in &self.parts.disks {
+            disk.checkpoint_begins();
+        }
+        match self.checkpointer.stop() {
+            Ok(()) => self.held_back_ns = Some(now_ns()),
+            Err(e) => {
+                tracing::error!("the guest cannot be held back: {e}");
+                self.disks_go_on();
+            }
+        }
+    }
+
+    fn let_go(&mut self) {
+        let Some(since) = self.held_back_ns.take() else {
+            return;
+        };
+        // The time it stood is no time in which it wanted nothing.
+        self.busy.stood(now_ns().saturating_sub(since));
+        self.guest_events();
+        if self.guest_off != GuestOff::No {
+            return self.disks_go_on();
+        }
+        if let Err(e) = self.checkpointer.cont() {
+            tracing::error!("the guest cannot be let go: {e}");
+        }
+        self.disks_go_on();
+    }
+
+    fn disks_go_on(&self) {
+        for disk in &self.parts.disks {
+            disk.checkpoint_ends();
+        }
+    }
+
     fn go_solo(&mut self, generation: Generation) {
         for port in &self.parts.ports {
             if let Err(e) = port.set_mode(NetMode::Direct, generation) {
@@ -330,6 +372,10 @@ impl PrimarySide {
     fn alert(&mut self, alert: &Alert) {
         match alert {
             Alert::Lagging { lag } => tracing::warn!("replication lag is {} ms", lag.0 / 1000),
+            Alert::Overloaded { bytes, drains_in } => self.shared.event(format!(
+                "the guest dirties more than the links carry: {}",
+                super::showing::behind(*bytes, *drains_in)
+            )),
             Alert::NotMirrored { reason } => self.shared.event(format!("not mirrored: {reason}")),
             Alert::Refused { what, reason } => {
                 self.shared.event(format!("{what} refused: {reason}"))

@@ -63,6 +63,8 @@ pub struct PrimarySide {
     resident_bytes: Option<u64>,
     /// The running epoch began: the last cut's end, or the beginning of the seeding.
     pub(super) resumed_ns: u64,
+    /// Since when it stands for the links' sake.
+    held_back_ns: Option<u64>,
     /// The guest powered itself off and stands.
     guest_off: GuestOff,
     /// Whom the last attempt was made with, for a word after its end.
@@ -164,6 +166,7 @@ impl PrimarySide {
             measured_at: Micros::ZERO,
             resident_bytes: None,
             resumed_ns: now_ns(),
+            held_back_ns: None,
             guest_off: GuestOff::No,
             last_peer: None,
             solo: Failover::default(),
@@ -205,6 +208,9 @@ impl PrimarySide {
             }
             if self.machine.awaits_idle(now()) && self.busy.idle() {
                 self.input(PrimaryInput::GuestIdle);
+            }
+            if let Some(level) = self.attempt.as_ref().and_then(Attempt::level) {
+                self.input(PrimaryInput::Lane(level));
             }
             self.input(PrimaryInput::Tick);
             self.retry();
@@ -515,6 +521,7 @@ fn policy(mirror: &crate::pool::spec::MirrorPolicy) -> Policy {
         gap_min: Micros::from_millis(u64::from(mirror.epoch_gap_min_ms)),
         interval_max: Micros::from_millis(u64::from(mirror.epoch_interval_max_ms)),
         overhead_permille: u16::from(mirror.overhead_max_percent) * 10,
+        overload: mirror.overload,
         ..Policy::default()
     }
 }

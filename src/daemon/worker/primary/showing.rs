@@ -4,7 +4,17 @@ use super::{MEASURE_EVERY, PUBLISH_EVERY, PrimarySide};
 use crate::api::types::Role;
 use crate::daemon::clock::now;
 use crate::interpose::checkpoint::ClockStatus;
+use crate::mirror::Micros;
 use crate::mirror::primary::PrimaryState;
+
+/// What the links are behind with, in words.
+pub(super) fn behind(bytes: u64, drains_in: Option<Micros>) -> String {
+    let size = format!("{} KiB", bytes >> 10);
+    match drains_in {
+        Some(time) => format!("{} ms of data queued ({size})", time.0 / 1000),
+        None => format!("{size} queued"),
+    }
+}
 
 impl PrimarySide {
     pub(super) fn publish(&mut self, force: bool) {
@@ -59,6 +69,17 @@ impl PrimarySide {
         }
         if status.holding_still {
             warnings.push("the guest stands still: the registry cannot be reached".into());
+        }
+        if let Some(limited) = &status.limited {
+            let mut words = format!(
+                "limited by the links: {}",
+                behind(limited.bytes, limited.drains_in)
+            );
+            if limited.held_permille > 0 {
+                let percent = limited.held_permille / 10;
+                words += &format!("; the guest is held back {percent} % of its time");
+            }
+            warnings.push(words);
         }
         if let ClockStatus::Unrepaired { reason } = self.checkpointer.clock_status() {
             warnings.push(format!(
