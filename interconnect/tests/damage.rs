@@ -4,7 +4,9 @@
 //! and in order.
 
 use bytes::{Bytes, BytesMut};
-use interconnect::codec::{CompressMode, DiskOp, DiskWrite, PAGE_BYTES, PageContent};
+use interconnect::codec::{
+    CodecChoice, DiskOp, DiskWrite, EncodePolicy, LinkFacts, PAGE_BYTES, Page, PageContent,
+};
 use interconnect::epoch::{EpochAssembler, EpochLimits, EpochMeta, EpochWriter, ReceivedEpoch};
 use interconnect::frame::{self, Frame, FrameDecoder};
 use interconnect::ids::{Epoch, Generation, VmId};
@@ -14,6 +16,7 @@ use interconnect::lane::send::LaneSender;
 use interconnect::lane::wire::SegmentDecoder;
 use interconnect::lane::{LANE_WINDOW_BYTES, LaneClass, LaneId, LinkIndex, Micros};
 use proptest::prelude::*;
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 
 const VM: VmId = VmId([9; 16]);
@@ -41,32 +44,49 @@ impl Random {
     }
 }
 
-/// All of an epoch that must arrive as it was.
+/// All of an epoch that must arrive as it was; its pages as they are once it was applied.
 #[derive(PartialEq, Debug)]
 struct Content {
     epoch: Epoch,
-    pages: Vec<(u64, Option<Vec<u8>>)>,
+    pages: Vec<(u64, Page)>,
     disk: Vec<DiskWrite>,
     state: Bytes,
     meta: EpochMeta,
 }
 
-impl Content {
-    fn of(epoch: &ReceivedEpoch) -> Self {
-        Self {
+/// A guest's memory.
+#[derive(Default)]
+struct Memory(BTreeMap<u64, Page>);
+
+impl Memory {
+    fn apply(&mut self, epoch: &ReceivedEpoch) -> Content {
+        let pages = epoch.pages().map(|(index, content)| {
+            let page = self.0.entry(index).or_insert([0; PAGE_BYTES]);
+            match content {
+                PageContent::Zero => *page = [0; PAGE_BYTES],
+                PageContent::Raw(raw) => *page = *raw,
+                PageContent::Patch(patch) => patch.apply(page).unwrap(),
+            }
+            (index, *page)
+        });
+        Content {
             epoch: epoch.epoch,
-            pages: epoch
-                .pages()
-                .map(|(index, content)| match content {
-                    PageContent::Raw(page) => (index, Some(page.to_vec())),
-                    _ => (index, None),
-                })
-                .collect(),
+            pages: pages.collect(),
             disk: epoch.disk.clone(),
             state: epoch.device_state.clone(),
             meta: epoch.meta.clone(),
         }
     }
+}
+
+/// A writer on a fresh lane.
+fn writer(seed: u64) -> EpochWriter {
+    let codec = [CodecChoice::Raw, CodecChoice::Lz4, CodecChoice::Zstd];
+    let policy = EncodePolicy {
+        codec: codec[Random(seed).below(3)],
+        ..EncodePolicy::default()
+    };
+    EpochWriter::new(VM, GENERATION, policy)
 }
 
 /// A few epochs as frames, of a few hundred KiB.
@@ -77,10 +97,10 @@ fn epochs(seed: u64) -> Vec<Frame> {
         frames.push(frame);
         Ok::<_, Infallible>(())
     };
-    let mut writer = EpochWriter::new(VM, GENERATION, CompressMode::Adaptive);
+    let mut writer = writer(seed);
     let mut epoch = FIRST;
     for _ in 0..EPOCHS {
-        writer.begin(epoch);
+        writer.begin(epoch, LinkFacts::default());
         epoch = epoch.next();
         let pages: Vec<_> = (0..random.below(60))
             .map(|_| {
@@ -122,10 +142,10 @@ fn assembler() -> EpochAssembler {
 
 /// What an assembler makes of frames, up to the first error.
 fn assemble(frames: impl IntoIterator<Item = Frame>) -> (Vec<Content>, Result<(), String>) {
-    let (mut assembler, mut out) = (assembler(), Vec::new());
+    let (mut assembler, mut memory, mut out) = (assembler(), Memory::default(), Vec::new());
     for frame in frames {
         match assembler.push(frame) {
-            Ok(epoch) => out.extend(epoch.as_ref().map(Content::of)),
+            Ok(epoch) => out.extend(epoch.map(|epoch| memory.apply(&epoch))),
             Err(error) => return (out, Err(error.to_string())),
         }
     }
@@ -187,7 +207,8 @@ fn receive(streams: [Vec<u8>; 2], random: &mut Random) -> (Vec<Content>, Result<
     let mut streams = streams.map(Bytes::from);
     let mut segments = [SegmentDecoder::new(), SegmentDecoder::new()];
     let mut lane = LaneReceiver::new(LaneId(1), LANE_WINDOW_BYTES);
-    let (mut decoder, mut assembler, mut out) = (FrameDecoder::new(), assembler(), Vec::new());
+    let (mut decoder, mut assembler) = (FrameDecoder::new(), assembler());
+    let (mut memory, mut out) = (Memory::default(), Vec::new());
     let mut take = |out: &mut Vec<Content>| -> Result<bool, String> {
         while !streams.iter().all(Bytes::is_empty) {
             let from = random.below(2);
@@ -207,7 +228,7 @@ fn receive(streams: [Vec<u8>; 2], random: &mut Random) -> (Vec<Content>, Result<
                         .map_err(|error| error.to_string())?;
                     let Some(frame) = frame else { continue };
                     let epoch = assembler.push(frame).map_err(|error| error.to_string())?;
-                    out.extend(epoch.as_ref().map(Content::of));
+                    out.extend(epoch.map(|epoch| memory.apply(&epoch)));
                 }
             }
         }
@@ -287,13 +308,13 @@ proptest! {
 fn every_byte_of_a_frame_is_covered() {
     // The smallest whole epoch, each of its bytes damaged in turn.
     let mut bytes = BytesMut::new();
-    let mut writer = EpochWriter::new(VM, GENERATION, CompressMode::Adaptive);
+    let mut writer = writer(0);
     let mut frames = Vec::new();
     let mut send = |frame: Frame| {
         frames.push(frame);
         Ok::<_, Infallible>(())
     };
-    writer.begin(FIRST);
+    writer.begin(FIRST, LinkFacts::default());
     let page = [5; PAGE_BYTES];
     writer.pages([(3, &page)].into_iter(), &mut send).unwrap();
     writer
