@@ -10,6 +10,7 @@
 
 mod epochs;
 mod lanes;
+mod people;
 
 use crate::codec::pages::{DecodeBuffers, PageBatch};
 use crate::codec::{
@@ -36,10 +37,13 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("lane_receiver", lanes::receiver),
     ("lane_sender", lanes::sender),
     ("lane_start", lanes::start),
+    ("meeting", people::meeting),
     ("packets", packets),
     ("pages", pages),
+    ("probe", people::probe),
     ("records", lanes::records),
     ("segments", lanes::segments),
+    ("texts", people::texts),
 ];
 
 /// Run the target of this name.
