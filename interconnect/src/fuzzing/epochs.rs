@@ -1,7 +1,7 @@
 //! Epochs from frames of any content, and from whole epochs that were tampered with.
 
 use super::{DISK_BYTES, GUEST_PAGES, Script, VM, frame_of};
-use crate::codec::{CompressMode, DiskOp, DiskWrite, PAGE_BYTES, PageContent};
+use crate::codec::{DiskOp, DiskWrite, EncodePolicy, LinkFacts, PAGE_BYTES, PageContent};
 use crate::epoch::{EpochAssembler, EpochLimits, EpochMeta, EpochWriter, ReceivedEpoch};
 use crate::frame::{Frame, FrameKind};
 use crate::ids::{Epoch, Generation};
@@ -65,7 +65,8 @@ impl Content {
     fn of(epoch: &ReceivedEpoch) -> Self {
         let pages = epoch.pages().map(|(index, content)| match content {
             PageContent::Raw(page) => (index, Some(page.to_vec())),
-            _ => (index, None),
+            PageContent::Patch(patch) => (index, Some(format!("{patch:?}").into_bytes())),
+            PageContent::Zero => (index, None),
         });
         Self {
             pages: pages.collect(),
@@ -115,10 +116,10 @@ fn write(script: &mut Script<'_>, writer: &mut EpochWriter, frames: &mut Vec<Fra
 /// Epochs made from the script, whole; then some frames are dropped, doubled, moved, changed
 /// or moved into another epoch. Only whole epochs as they were sent may come out, in order.
 fn tampered(mut script: Script<'_>) {
-    let mut writer = EpochWriter::new(VM, Generation(1), CompressMode::Adaptive);
+    let mut writer = EpochWriter::new(VM, Generation(1), EncodePolicy::default());
     let mut frames = Vec::new();
     for epoch in 1..=EPOCHS {
-        writer.begin(Epoch(epoch));
+        writer.begin(Epoch(epoch), LinkFacts::default());
         write(&mut script, &mut writer, &mut frames);
     }
     let mut sent = Vec::new();

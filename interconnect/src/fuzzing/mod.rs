@@ -11,10 +11,10 @@
 mod epochs;
 mod lanes;
 
-use crate::codec::pages::PageBatch;
+use crate::codec::pages::{DecodeBuffers, PageBatch};
 use crate::codec::{
-    DiskOp, PAGE_BYTES, decode_delta, decode_disk_writes, decode_packets, encode_delta,
-    encode_packets,
+    Codec, CodecVersion, DiskOp, PAGE_BYTES, decode_delta, decode_disk_writes, decode_packets,
+    encode_delta, encode_packets,
 };
 use crate::frame::{self, Frame, FrameDecoder, FrameKind, HEADER_BYTES};
 use crate::ids::{Epoch, Generation, VmId};
@@ -153,7 +153,7 @@ pub(crate) const VM: VmId = VmId(*b"the fuzzed guest");
 
 fn pages(data: &[u8]) {
     let batch = Bytes::copy_from_slice(data);
-    let Ok(batch) = PageBatch::decode(&batch, GUEST_PAGES) else {
+    let Ok(batch) = PageBatch::decode(&batch, GUEST_PAGES, &DecodeBuffers::default()) else {
         return;
     };
     let mut count = 0;
@@ -204,7 +204,8 @@ fn delta(data: &[u8]) {
     let Ok(state) = decode_delta(base, &delta) else {
         return;
     };
-    let again = encode_delta(base, &state).expect("a state that was decoded can be encoded");
+    let again = encode_delta(base, &state, Codec::ZstdFast, CodecVersion::V2)
+        .expect("a state that was decoded can be encoded");
     assert_eq!(decode_delta(base, &again).as_ref(), Ok(&state));
 }
 
