@@ -132,6 +132,13 @@ pub enum WorkerEvent {
     Seeded(Box<seeder::Seeded>),
     /// An epoch arrived whole.
     Whole(Box<ReceivedEpoch>),
+    /// The applier is done with an epoch.
+    Applied {
+        /// Which.
+        epoch: Epoch,
+        /// What promotion needs of it, or why it is not applied.
+        outcome: Result<Box<standby::applier::LastApplied>, String>,
+    },
     /// An epoch or its lane is bad.
     Bad {
         /// Which, as far as known.
