@@ -1,7 +1,9 @@
 //! Figures of the recent epochs, and the log of what happened: bounded rings that the
 //! status reads.
 
+use crate::api::links::EncodeFigures;
 use crate::api::types::{EPOCH_WINDOW, EpochFigures, Event, Percentiles};
+use interconnect::codec::EncodeStats;
 use std::collections::VecDeque;
 
 /// One committed epoch, times in microseconds.
@@ -27,6 +29,8 @@ pub struct EpochSample {
     pub pages: u64,
     /// Bytes on the wire.
     pub wire_bytes: u64,
+    /// What encoding it took and gave.
+    pub encode: EncodeStats,
 }
 
 /// The ring of epochs.
@@ -71,8 +75,31 @@ impl Figures {
             length_us: of(|s| s.length_us),
             pages: of(|s| s.pages),
             wire_bytes: of(|s| s.wire_bytes),
-            encoding: None,
+            encoding: self.encoding(),
         })
+    }
+}
+
+impl Figures {
+    /// What the encoder made of the epochs of the window.
+    fn encoding(&self) -> Option<EncodeFigures> {
+        let sum = |pick: fn(&EncodeStats) -> u64| self.window.iter().map(|s| pick(&s.encode)).sum();
+        let mut encode_us: Vec<u64> = self
+            .window
+            .iter()
+            .map(|s| s.encode.encode_ns() / 1000)
+            .collect();
+        let figures = EncodeFigures {
+            raw_bytes: sum(EncodeStats::plain_bytes),
+            encoded_bytes: sum(EncodeStats::wire_bytes),
+            encode_us: Percentiles::of(&mut encode_us),
+            pages_zero: sum(|e| e.zero),
+            pages_unchanged: sum(|e| e.unchanged),
+            pages_delta: sum(|e| e.patched),
+            pages_compressed: sum(|e| e.packed),
+            pages_raw: sum(|e| e.raw),
+        };
+        (figures.encoded_bytes > 0).then_some(figures)
     }
 }
 
@@ -103,12 +130,30 @@ impl EventLog {
 
 #[cfg(test)]
 mod tests {
-    use super::{EPOCH_WINDOW, EVENTS_MAX, EpochSample, EventLog, Figures};
+    use super::{EPOCH_WINDOW, EVENTS_MAX, EncodeStats, EpochSample, EventLog, Figures};
 
     #[test]
     fn rings_are_bounded_and_keep_the_newest() {
         let mut figures = Figures::default();
         assert!(figures.summary().is_none());
+        figures.push(EpochSample {
+            encode: EncodeStats {
+                zero: 3,
+                patched: 5,
+                page_wire_bytes: 1024,
+                pack_ns: 7_000,
+                ..EncodeStats::default()
+            },
+            ..EpochSample::default()
+        });
+        let encoding = figures.summary().unwrap().encoding.unwrap();
+        assert_eq!(
+            (encoding.raw_bytes, encoding.encoded_bytes),
+            (8 * 4096, 1024)
+        );
+        assert_eq!((encoding.pages_zero, encoding.pages_delta), (3, 5));
+        assert_eq!((encoding.encode_us.max, encoding.ratio()), (7, Some(32.0)));
+        let mut figures = Figures::default();
         for i in 0..EPOCH_WINDOW as u64 + 10 {
             figures.push(EpochSample {
                 pause_us: i,

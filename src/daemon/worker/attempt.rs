@@ -11,7 +11,7 @@ use crate::interpose::checkpoint::{CutTimings, capture_blocks_prefix};
 use crate::interpose::memory::{Staging, Tracker};
 use crate::mirror::{LaneLevel, PrimaryInput};
 use crate::pool::{Epoch, Generation, HostName};
-use interconnect::codec::{CodecVersion, EncodePolicy};
+use interconnect::codec::{CodecVersion, EncodePolicy, EncodeStats};
 use interconnect::frame::{Frame, FrameKind, PAYLOAD_BYTES_MAX};
 use interconnect::link::EpochLane;
 use std::collections::VecDeque;
@@ -35,6 +35,8 @@ pub struct InFlight {
     pub pages: u64,
     /// Bytes on the wire, once sent.
     pub wire_bytes: u64,
+    /// What encoding it took and gave, once sent.
+    pub encode: EncodeStats,
 }
 
 impl InFlight {
@@ -52,6 +54,7 @@ impl InFlight {
             length_us: self.resumed_ns.saturating_sub(self.began_ns) / 1000,
             pages: self.pages,
             wire_bytes: self.wire_bytes,
+            encode: self.encode,
         }
     }
 }

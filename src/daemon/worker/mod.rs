@@ -18,6 +18,7 @@
 
 mod attempt;
 mod busy;
+mod closing;
 mod cutting;
 mod ingress;
 mod parts;

@@ -13,6 +13,7 @@ use crate::mirror::primary::{PrimaryEnd, PrimaryState};
 use crate::mirror::{Alert, Micros, PrimaryAction, PrimaryInput, Ticket};
 use crate::pool::{Epoch, Generation};
 use bytes::Bytes;
+use interconnect::codec::EncodeStats;
 use interconnect::epoch::EpochMeta;
 use std::sync::Arc;
 
@@ -217,6 +218,7 @@ impl PrimarySide {
             capture_us: collected.wall_us,
             pages,
             wire_bytes: 0,
+            encode: EncodeStats::default(),
         });
         self.resumed_ns = resumed_ns;
         let egress = held_egress(&self.parts.ports, epoch);
