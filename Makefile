@@ -4,8 +4,9 @@ CARGO ?= cargo
 # One profile for demo, test and soak (Cargo.toml says why), so nothing is built twice.
 POLLUX = target/debug/pollux
 SEEDS ?= 10000
+FUZZ_SECONDS ?= 60
 
-.PHONY: help setup setup-verify build demo test verify advisories fix bench soak
+.PHONY: help setup setup-verify build demo test verify advisories fix bench soak fuzz
 
 help:
 	@echo 'pollux keeps a virtual machine running when its host dies.'
@@ -18,6 +19,7 @@ help:
 	@echo '  make fix       writes: format, and the lints that can mend themselves'
 	@echo '  make bench     measure; docs/promises.md holds the numbers'
 	@echo '  make soak      the simulator over many seeds (SEEDS=$(SEEDS))'
+	@echo '  make fuzz      every decoder of the interconnect (FUZZ_SECONDS=$(FUZZ_SECONDS) each)'
 	@echo '  make advisories  known holes in dependencies (asks the network for the list)'
 	@echo
 	@echo 'One test:    cargo test NAME        One seed:  POLLUX_SEED=7 cargo test sim'
@@ -58,3 +60,6 @@ bench: setup
 
 soak: setup
 	POLLUX_SEEDS=$(SEEDS) $(CARGO) test --locked -p pollux sim -- --nocapture
+
+fuzz: setup
+	FUZZ_SECONDS=$(FUZZ_SECONDS) scripts/fuzz

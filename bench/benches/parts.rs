@@ -6,11 +6,11 @@
 //! NBD, mirrored (overlay, cut, commit) beside direct; `collect`: dirty pages of a 512 MiB
 //! process, scanned, re-armed and copied.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes};
 use criterion::{BatchSize, Criterion, Throughput};
 use interconnect::codec::{
-    CodecChoice, EncodePolicy, PAGE_BYTES, Page, PageEncoder, decode_delta, decode_pages,
-    encode_delta,
+    Codec, CodecChoice, CodecVersion, EncodePolicy, PAGE_BYTES, Page, PageEncoder, decode_delta,
+    decode_pages, encode_delta,
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use pollux::interpose::disk::{Disk, DiskOptions, DiskServer, Mode, create_sparse, nbd};
@@ -88,12 +88,9 @@ fn pages(c: &mut Criterion) {
     for (name, mode) in [("packed", CodecChoice::Zstd), ("raw", CodecChoice::Raw)] {
         let mut encoder = PageEncoder::new(EncodePolicy::v1(mode));
         let mut encode = || {
-            let mut out = BytesMut::new();
             let mut numbered = (0..).zip(&pages);
-            encoder
-                .encode(&mut numbered, &mut out)
-                .expect("pages in range");
-            out.freeze()
+            let batch = encoder.encode(&mut numbered).expect("pages in range");
+            batch.expect("there are pages").payload
         };
         group.bench_function(format!("encode {name}"), |b| b.iter(&mut encode));
         let batch = encode();
@@ -118,13 +115,13 @@ fn state(c: &mut Criterion) {
     for at in (0..STATE_BYTES).step_by(100) {
         new[at] ^= 0x55;
     }
-    let delta = encode_delta(Some(&old), &new).expect("small");
+    let encode =
+        |base: Option<&[u8]>, new: &[u8]| encode_delta(base, new, Codec::Lz4, CodecVersion::V2);
+    let delta = encode(Some(&old), &new).expect("small");
     let mut group = c.benchmark_group("state");
-    group.bench_function("encode whole", |b| {
-        b.iter(|| encode_delta(None, black_box(&new)))
-    });
+    group.bench_function("encode whole", |b| b.iter(|| encode(None, black_box(&new))));
     group.bench_function("encode delta", |b| {
-        b.iter(|| encode_delta(Some(&old), black_box(&new)))
+        b.iter(|| encode(Some(&old), black_box(&new)))
     });
     group.bench_function("decode delta", |b| {
         b.iter(|| decode_delta(Some(&old), &delta))

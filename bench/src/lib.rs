@@ -12,4 +12,5 @@
 
 pub mod figure;
 pub mod load;
+pub mod pages;
 pub mod scene;

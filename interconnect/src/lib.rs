@@ -9,6 +9,7 @@
 //! - [`frame`]: the one wire layout of everything on a lane. Pure.
 //! - [`codec`]: page batches, disk write batches, packets, device-state delta. Pure.
 //! - [`epoch`]: an epoch to frames and back. Pure.
+//! - [`lane`]: ordered streams over several links: striping, re-sending. Pure.
 //! - [`link`]: QUIC sessions and lanes.
 //! - [`heartbeat`], [`detector`]: liveness on sockets of their own, never behind
 //!   bulk data; the detector is pure.
@@ -20,8 +21,11 @@ pub mod codec;
 pub mod detector;
 pub mod epoch;
 pub mod frame;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod heartbeat;
 pub mod identity;
 pub mod ids;
+pub mod lane;
 pub mod link;
 pub mod probe;

@@ -260,13 +260,10 @@ pub struct PartnerRotation {
 }
 
 /// `POST /v1/links/PARTNER/test`.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct TestRequest {
     /// How long to measure in all, seconds.
     pub seconds: u64,
-    /// Only these links (from 0); all if empty.
-    #[serde(default)]
-    pub links: Vec<usize>,
     /// Saturate the links even if mirrored VMs use them.
     #[serde(default)]
     pub full: bool,

@@ -137,7 +137,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             }
         }
         Command::Vm(command) => vm::run(command, &client, json)?,
-        Command::Link(command) => link::run(command, &client, json)?,
+        Command::Link(command) => return link::run(command, &client, json),
         Command::Lab(command) => return lab::run(command, json),
         Command::Drill(command) => return drill::run(command, json),
         Command::Demo => return drill::demo(json),
@@ -170,5 +170,51 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn completion_knows_every_command_of_links() {
+        let mut script = Vec::new();
+        let shell = clap_complete::Shell::Bash;
+        clap_complete::generate(shell, &mut Cli::command(), "pollux", &mut script);
+        let script = String::from_utf8(script).unwrap();
+        for command in [
+            "create", "export", "list", "show", "test", "rotate", "remove",
+        ] {
+            assert!(
+                script.contains(&format!("pollux__link__{command}")),
+                "{command}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_ways_to_link_two_hosts_do_not_mix() {
+        use clap::Parser;
+        let parses = |line: &str| Cli::try_parse_from(line.split(' ')).is_ok();
+        for good in [
+            "pollux link create --link 10.0.0.1=10.0.0.2",
+            "pollux link create --link 10.0.0.1=10.0.0.2 --yes-code 12345678",
+            "pollux link create --file b.link",
+            "pollux link create --file b.link --link 10.0.0.1=10.0.0.2",
+            "pollux link create --partner b --fingerprint sha256:0 --link 10.0.0.1=10.0.0.2",
+            "pollux link create --partner-api /run/b.sock --link 10.0.0.1=10.0.0.2",
+            "pollux link create a b",
+            "pollux link create --cancel",
+        ] {
+            assert!(parses(good), "{good}");
+        }
+        for bad in [
+            "pollux link create a",
+            "pollux link create a b --file b.link",
+            "pollux link create --partner b --link 10.0.0.1=10.0.0.2",
+            "pollux link create --file b.link --yes-code 12345678",
+            "pollux link create --yes-code 1234 --link 10.0.0.1=10.0.0.2",
+            "pollux link test b --seconds 0",
+            "pollux link test b --seconds 1000",
+            "pollux link rotate --give-up --status",
+        ] {
+            assert!(!parses(bad), "{bad}");
+        }
     }
 }

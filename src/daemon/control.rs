@@ -53,22 +53,24 @@ pub enum ControlMsg {
     },
     /// Primary to standby: not needed any more.
     Dismiss,
-    /// Host to partner, about no VM: it is going to show this identity too. Pin it beside
-    /// the one in use, and answer `NewKeyPinned`.
+    /// Host to partner, about no VM: it shows `present` and is going to show `next`. Pin
+    /// both, and answer `NewKeyPinned`.
     NewKey {
+        /// Of the identity in use.
+        present: Fingerprint,
         /// Of the identity to come.
-        fingerprint: Fingerprint,
+        next: Fingerprint,
     },
     /// The answer, once the pin would survive a crash.
     NewKeyPinned {
         /// The one asked for.
-        fingerprint: Fingerprint,
+        next: Fingerprint,
     },
     /// Host to partner, about no VM: from now on it shows this identity and no other. Drop
     /// every other pin of it.
     OnlyKey {
         /// Of the identity in use.
-        fingerprint: Fingerprint,
+        present: Fingerprint,
     },
 }
 

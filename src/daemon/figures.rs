@@ -103,7 +103,7 @@ impl Figures {
     }
 }
 
-/// How many events a VM's log keeps.
+/// How many events the log of a VM or a pair keeps.
 pub const EVENTS_MAX: usize = 256;
 
 /// The ring of events.

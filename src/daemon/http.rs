@@ -5,6 +5,9 @@
 
 use super::{Host, VmCommand};
 use crate::api::BODY_BYTES_MAX;
+use crate::api::links::{
+    ConfirmMeeting, MeetRequest, MeetingStatus, PairStatus, RotationStatus, TestRequest, TestStatus,
+};
 use crate::api::types::{
     ApiError, CreateVm, Done, HostInfo, HostStatus, LinkConfig, Protect, Start, VmStatus,
 };
@@ -74,6 +77,20 @@ pub fn router(host: Arc<Host>) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/links", get(links).post(link_create))
         .route("/v1/links/{partner}", axum::routing::delete(link_remove))
+        .route("/v1/links/{partner}/status", get(link_status))
+        .route(
+            "/v1/links/{partner}/test",
+            get(test_status).post(test_start).delete(test_cancel),
+        )
+        .route(
+            "/v1/meeting",
+            get(meeting_status).post(meet).delete(meeting_cancel),
+        )
+        .route("/v1/meeting/confirm", post(meeting_confirm))
+        .route(
+            "/v1/rotation",
+            get(rotation).post(rotation_begin).delete(rotation_give_up),
+        )
         .route("/v1/vms", get(vms).post(vm_create))
         .route("/v1/vms/{name}", get(vm).delete(vm_delete))
         .route("/v1/vms/{name}/spec", get(vm_spec))
@@ -131,6 +148,69 @@ async fn link_create(State(host): State<Arc<Host>>, Body(link): Body<LinkConfig>
 
 async fn link_remove(State(host): State<Arc<Host>>, Path(partner): Path<String>) -> Answer<Done> {
     blocking(move || host.link_remove(&partner)).await
+}
+
+async fn link_status(
+    State(host): State<Arc<Host>>,
+    Path(partner): Path<String>,
+) -> Answer<PairStatus> {
+    blocking(move || host.pair_status(&partner)).await
+}
+
+async fn test_start(
+    State(host): State<Arc<Host>>,
+    Path(partner): Path<String>,
+    Body(request): Body<TestRequest>,
+) -> Answer<TestStatus> {
+    blocking(move || host.test_start(&partner, &request)).await
+}
+
+async fn test_status(
+    State(host): State<Arc<Host>>,
+    Path(partner): Path<String>,
+) -> Answer<TestStatus> {
+    Ok(Json(host.test_status(&partner)?))
+}
+
+async fn test_cancel(
+    State(host): State<Arc<Host>>,
+    Path(partner): Path<String>,
+) -> Answer<TestStatus> {
+    Ok(Json(host.test_cancel(&partner)?))
+}
+
+async fn meet(
+    State(host): State<Arc<Host>>,
+    Body(request): Body<MeetRequest>,
+) -> Answer<MeetingStatus> {
+    blocking(move || host.meet(request)).await
+}
+
+async fn meeting_status(State(host): State<Arc<Host>>) -> Answer<MeetingStatus> {
+    Ok(Json(host.meeting_status()?))
+}
+
+async fn meeting_cancel(State(host): State<Arc<Host>>) -> Answer<Done> {
+    Ok(Json(host.meeting_cancel()?))
+}
+
+async fn meeting_confirm(
+    State(host): State<Arc<Host>>,
+    Body(confirm): Body<ConfirmMeeting>,
+) -> Answer<MeetingStatus> {
+    blocking(move || host.meeting_confirm(&confirm.code)).await
+}
+
+async fn rotation(State(host): State<Arc<Host>>) -> Answer<RotationStatus> {
+    blocking(move || Ok(host.rotation())).await
+}
+
+async fn rotation_begin(State(host): State<Arc<Host>>) -> Answer<RotationStatus> {
+    blocking(move || host.rotation_begin()).await
+}
+
+async fn rotation_give_up(State(host): State<Arc<Host>>) -> Answer<RotationStatus> {
+    blocking(move || host.rotation_give_up()).await
 }
 
 async fn vms(State(host): State<Arc<Host>>) -> Json<Vec<VmStatus>> {

@@ -11,6 +11,8 @@ pub mod control;
 mod figures;
 mod host;
 mod http;
+mod keys;
+mod linktest;
 mod partner;
 mod store;
 pub mod worker;

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! u16  count          1 ..= BATCH_WRITES_MAX
-//! u8   body encoding  0 invalid, 1 plain, 2 zstd
+//! u8   body encoding  0 invalid, 1 plain, 2 zstd, 3 lz4 (since protocol version 2)
 //! u8   reserved, zero
 //! u32  body bytes     of the data when plain, at most BATCH_BODY_BYTES_MAX
 //! then count times
@@ -16,9 +16,11 @@
 //! ...  body           the data, one write after the other
 //! ```
 
+use super::buffers::Buffers;
 use super::cursor::{Cursor, cap};
-use super::{Codec, CodecError, pack};
-use bytes::{BufMut, Bytes, BytesMut};
+use super::pack::{Packing, looks_compressible, pack, unpack};
+use super::{Codec, CodecError};
+use bytes::{BufMut, Bytes};
 
 /// Most writes in one batch: with the smallest writes (512 bytes) half a MiB.
 pub const BATCH_WRITES_MAX: usize = 1024;
@@ -29,8 +31,6 @@ pub const DISK_WRITE_BYTES_MAX: usize = BATCH_BODY_BYTES_MAX;
 
 const HEAD_BYTES: usize = 8;
 const ENTRY_BYTES: usize = 20;
-const BODY_PLAIN: u8 = 1;
-const BODY_ZSTD: u8 = 2;
 const OP_DATA: u8 = 1;
 const OP_ZERO: u8 = 2;
 const OP_TRIM: u8 = 3;
@@ -107,69 +107,93 @@ pub fn split_write(write: &DiskWrite) -> impl Iterator<Item = DiskWrite> {
     })
 }
 
-/// Encode writes from the front of `writes` into one batch until it is full;
-/// returns how many were taken: at least one, unless `writes` is empty.
-///
-/// # Errors
-/// [`CodecError::TooBig`] for a write with more than [`DISK_WRITE_BYTES_MAX`] of
-/// data ([`split_write`] it before).
-pub fn encode_disk_writes(
-    writes: &[DiskWrite],
-    codec: Codec,
-    out: &mut BytesMut,
-) -> Result<usize, CodecError> {
-    let mut taken = 0;
-    let mut body_bytes = 0;
-    for write in writes.iter().take(BATCH_WRITES_MAX) {
-        let bytes = write.data().len();
-        cap("data of one disk write", bytes, DISK_WRITE_BYTES_MAX)?;
-        if body_bytes + bytes > BATCH_BODY_BYTES_MAX {
-            break;
+/// A batch of disk writes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DiskBatch {
+    /// Writes in it, at least one.
+    pub writes: usize,
+    /// Bytes of data, before packing.
+    pub data_bytes: u64,
+    /// For a frame.
+    pub payload: Bytes,
+}
+
+/// Encoder of disk batches; holds its buffers, so keep it.
+#[derive(Debug, Default)]
+pub struct DiskEncoder {
+    payloads: Buffers<Vec<u8>>,
+    body: Vec<u8>,
+    packed: Vec<u8>,
+}
+
+impl DiskEncoder {
+    /// Encode writes from the front of `writes` into one batch until it is full; `None` if
+    /// there are none. Give [`Codec::Lz4`] only for a partner of [`super::CodecVersion::V2`].
+    ///
+    /// # Errors
+    /// [`CodecError::TooBig`] for a write with more than [`DISK_WRITE_BYTES_MAX`] of
+    /// data ([`split_write`] it before).
+    pub fn encode(
+        &mut self,
+        writes: &[DiskWrite],
+        codec: Codec,
+    ) -> Result<Option<DiskBatch>, CodecError> {
+        let mut taken = 0;
+        let mut body_bytes = 0;
+        for write in writes.iter().take(BATCH_WRITES_MAX) {
+            let bytes = write.data().len();
+            cap("data of one disk write", bytes, DISK_WRITE_BYTES_MAX)?;
+            if body_bytes + bytes > BATCH_BODY_BYTES_MAX {
+                break;
+            }
+            body_bytes += bytes;
+            taken += 1;
         }
-        body_bytes += bytes;
-        taken += 1;
-    }
-    if taken == 0 {
-        return Ok(0);
-    }
-    let writes = &writes[..taken];
-    let mut body = Vec::with_capacity(body_bytes);
-    for write in writes {
-        body.extend_from_slice(write.data());
-    }
-    let mut packed = Vec::new();
-    let encoding = if codec != Codec::Raw
-        && !body.is_empty()
-        && pack::looks_compressible(&body)
-        && pack::compress(&body, &mut packed)
-    {
-        BODY_ZSTD
-    } else {
-        BODY_PLAIN
-    };
-    let body = if encoding == BODY_ZSTD {
-        &packed
-    } else {
-        &body
-    };
-    out.reserve(HEAD_BYTES + taken * ENTRY_BYTES + body.len());
-    out.put_u16_le(u16::try_from(taken).unwrap_or(u16::MAX));
-    out.put_u8(encoding);
-    out.put_u8(0);
-    out.put_u32_le(u32::try_from(body_bytes).unwrap_or(u32::MAX));
-    for write in writes {
-        out.put_u16_le(write.disk);
-        out.put_u8(match write.op {
-            DiskOp::Data(_) => OP_DATA,
-            DiskOp::Zero { .. } => OP_ZERO,
-            DiskOp::Trim { .. } => OP_TRIM,
-        });
+        if taken == 0 {
+            return Ok(None);
+        }
+        let writes = &writes[..taken];
+        let packed = if codec == Codec::Raw {
+            None
+        } else {
+            self.body.clear();
+            for write in writes {
+                self.body.extend_from_slice(write.data());
+            }
+            Some(&self.body)
+                .filter(|body| looks_compressible(body))
+                .and_then(|body| pack(codec, body, &mut self.packed))
+                .and_then(|bytes| self.packed.get(..bytes))
+        };
+        let packing = packed.map_or(Packing::Plain, |_| Packing::of(codec));
+        let mut out = self.payloads.take();
+        out.clear();
+        out.reserve(HEAD_BYTES + taken * ENTRY_BYTES + packed.map_or(body_bytes, <[u8]>::len));
+        out.put_u16_le(u16::try_from(taken).unwrap_or(u16::MAX));
+        out.put_u8(packing as u8);
         out.put_u8(0);
-        out.put_u64_le(write.offset);
-        out.put_u64_le(write.length());
+        out.put_u32_le(u32::try_from(body_bytes).unwrap_or(u32::MAX));
+        for write in writes {
+            out.put_u16_le(write.disk);
+            out.put_u8(match write.op {
+                DiskOp::Data(_) => OP_DATA,
+                DiskOp::Zero { .. } => OP_ZERO,
+                DiskOp::Trim { .. } => OP_TRIM,
+            });
+            out.put_u8(0);
+            out.put_u64_le(write.offset);
+            out.put_u64_le(write.length());
+        }
+        match packed {
+            Some(packed) => out.put_slice(packed),
+            None => writes.iter().for_each(|write| out.put_slice(write.data())),
+        }
+        Ok(Some(DiskBatch {
+            writes: taken,
+            data_bytes: body_bytes as u64,
+            payload: out.freeze(),
+        }))
     }
-    out.put_slice(body);
-    Ok(taken)
 }
 
 /// Decode a batch; `disk_bytes[i]` is the size of disk i. Plain data stays where
@@ -187,27 +211,24 @@ pub fn decode_disk_writes(batch: &Bytes, disk_bytes: &[u64]) -> Result<Vec<DiskW
     let body_bytes = cursor.u32()? as usize;
     cap("data of a disk batch", body_bytes, BATCH_BODY_BYTES_MAX)?;
     let mut table = Cursor::new(cursor.take(count * ENTRY_BYTES)?, "write table of a batch");
-    let body = match encoding {
-        BODY_PLAIN => {
-            let start = batch.len() - cursor.remaining();
+    let start = batch.len() - cursor.remaining();
+    let body = match Packing::from_wire("body encoding", encoding)? {
+        Packing::Plain => {
             cursor.take(body_bytes)?;
-            let end = batch.len() - cursor.remaining();
             cursor.end()?;
-            batch.slice(start..end)
+            batch.slice(start..)
         }
-        BODY_ZSTD => {
+        packing => {
             let packed = cursor.take(cursor.remaining())?;
-            Bytes::from(pack::decompress(
+            let mut body = Vec::new();
+            unpack(
+                packing,
                 packed,
                 body_bytes,
                 "data of a disk batch",
-            )?)
-        }
-        value => {
-            return Err(CodecError::Unknown {
-                what: "body encoding",
-                value: u64::from(value),
-            });
+                &mut body,
+            )?;
+            Bytes::from(body)
         }
     };
     let mut writes = Vec::with_capacity(count);

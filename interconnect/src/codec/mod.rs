@@ -1,26 +1,31 @@
 //! What the payloads of frames look like: batches of pages, of disk writes, of
-//! packets, and the delta of device states. Pure.
+//! packets, and the delta of device states. Pure but for the buffers' lock.
 //!
 //! The decoders must never trust a length, an index or a count from the wire:
 //! each is checked against a cap and against the guest before anything is
 //! allocated or handed up. One file owns each layout.
 
+pub mod choose;
 pub mod delta;
 pub mod disk;
+pub mod encoder;
 pub mod packets;
 pub mod pages;
 pub mod patch;
 pub mod policy;
 
+mod base;
+pub(crate) mod buffers;
 pub(crate) mod cursor;
 pub mod pack;
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use delta::{DEVICE_STATE_BYTES_MAX, decode_delta, encode_delta};
-pub use disk::{DiskOp, DiskWrite, decode_disk_writes, encode_disk_writes};
+pub use disk::{DiskBatch, DiskEncoder, DiskOp, DiskWrite, decode_disk_writes};
+pub use encoder::{Batch, BatchStats, PageEncoder};
 pub use packets::{decode_packets, encode_packets};
-pub use pages::{PAGE_BYTES, Page, PageContent, PageEncoder, decode_pages};
+pub use pages::{DecodeBuffers, PAGE_BYTES, Page, PageBatch, PageContent, decode_pages};
 pub use patch::PagePatch;
 pub use policy::{Codec, CodecChoice, CodecVersion, EncodePolicy, EncodeStats, LinkFacts, Why};
 

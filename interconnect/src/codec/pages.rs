@@ -1,25 +1,52 @@
-//! Batches of guest pages.
+//! Batches of guest pages: the layouts, and their decoder. The encoder is in
+//! [`super::encoder`].
 //!
-//! All integers are little-endian:
+//! All integers are little-endian. Layout 0, all that protocol version 1 knows:
 //!
 //! ```text
 //! u16  count             1 ..= BATCH_PAGES_MAX
-//! u16  reserved, zero
+//! u16  layout            0
 //! u32  packed bytes      length of the zstd frame, 0 without one
 //! u64  × count           page index << 8 | class
 //! ...  zstd frame        the pages of class 3, one after the other
 //! ...  raw pages         the pages of class 2, one after the other
 //! ```
 //!
-//! Classes: 0 invalid, 1 zero, 2 raw, 3 packed. Packing the compressible pages of
-//! a batch together costs one zstd call and lets pages that resemble each other
-//! (page tables, slabs) share it; a page that does not look compressible stays out
-//! of it and is neither compressed nor copied on the receiving side.
-//! Class 4 is kept for deltas against the page's last sent content.
+//! Layout 2, since protocol version 2:
+//!
+//! ```text
+//! u16  count             1 ..= BATCH_PAGES_MAX
+//! u16  layout            2
+//! u8   packing           0 invalid, 1 plain, 2 zstd, 3 lz4
+//! u8   reserved, zero
+//! u16  raw pages         of class 2
+//! u32  table bytes
+//! u32  body bytes        before packing
+//! ...  raw pages         the pages of class 2, one after the other
+//! ...  table             for each page, in order:
+//!        varint          step << 3 | class
+//!        class 4 only:   varint patch bytes, u64 XXH3-64 of the page that must come out
+//! ...  body, packed      for each page of class 3 or 4, in order: the page, or its patch
+//! ```
+//!
+//! Classes: 0 invalid, 1 zero, 2 raw, 3 packed, 4 patch ([`super::patch`]). A step is the
+//! page's index less that of the page before it (less 0 for the first), modulo 2^64, in
+//! zigzag (0, -1, 1, -2, … are 0, 1, 2, 3, …); a varint has 7 bits a byte, low ones first,
+//! the top bit set in all but the last.
+//!
+//! Packing the compressible pages and the patches of a batch together costs one call and
+//! lets pages that resemble each other (page tables, slabs) share their words; a page that
+//! does not look compressible stays out of it and is neither compressed nor copied on the
+//! receiving side. Dirty pages whose content did not change are not in a batch at all: the
+//! standby has nothing to do for them, and an index sent for nothing would still be bytes,
+//! a table entry and an allocation there.
 
+use super::buffers::{Buffers, Lent, Reusable};
 use super::cursor::{Cursor, cap};
-use super::{CodecChoice, CodecError, EncodePolicy, PagePatch, pack};
-use bytes::{BufMut, Bytes, BytesMut};
+use super::pack::{Packing, unpack};
+use super::patch::PATCH_BYTES_MAX;
+use super::{CodecError, PagePatch};
+use bytes::Bytes;
 
 /// Size of a page, in bytes.
 pub const PAGE_BYTES: usize = 4096;
@@ -31,16 +58,27 @@ pub const BATCH_PAGES_MAX: usize = 256;
 /// Page indices are below this, so that index and class share a word: 2^56 pages.
 pub const PAGE_INDEX_END: u64 = 1 << 56;
 
-const HEAD_BYTES: usize = 8;
-const ENTRY_BYTES: usize = 8;
-const CLASS_ZERO: u64 = 1;
-const CLASS_RAW: u64 = 2;
-const CLASS_PACKED: u64 = 3;
+pub(super) const LAYOUT_V1: u16 = 0;
+pub(super) const LAYOUT_V2: u16 = 2;
+pub(super) const HEAD_V1_BYTES: usize = 8;
+pub(super) const HEAD_V2_BYTES: usize = 16;
+pub(super) const ENTRY_V1_BYTES: usize = 8;
+/// Longest entry of a layout-2 table: a step of 57 bits and a class, the patch's length, its
+/// check.
+pub(super) const ENTRY_V2_BYTES_MAX: usize = 9 + 2 + 8;
+pub(super) const CLASS_ZERO: u8 = 1;
+pub(super) const CLASS_RAW: u8 = 2;
+pub(super) const CLASS_PACKED: u8 = 3;
+pub(super) const CLASS_PATCH: u8 = 4;
+pub(super) const CLASS_BITS: u32 = 3;
 
 /// Largest batch, in bytes.
-pub const BATCH_BYTES_MAX: usize = HEAD_BYTES + BATCH_PAGES_MAX * (ENTRY_BYTES + PAGE_BYTES);
+pub const BATCH_BYTES_MAX: usize =
+    HEAD_V2_BYTES + BATCH_PAGES_MAX * (ENTRY_V2_BYTES_MAX + PAGE_BYTES);
 const _: () = assert!(BATCH_BYTES_MAX <= crate::frame::PAYLOAD_BYTES_MAX);
 const _: () = assert!(BATCH_PAGES_MAX <= u16::MAX as usize);
+const _: () = assert!(PATCH_BYTES_MAX < 1 << 14, "its varint has two bytes");
+const _: () = assert!(HEAD_V1_BYTES < HEAD_V2_BYTES && ENTRY_V1_BYTES < ENTRY_V2_BYTES_MAX);
 
 /// Content of a page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,139 +92,81 @@ pub enum PageContent<'a> {
     Patch(PagePatch<'a>),
 }
 
-/// How the pages of a batch were sent.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct BatchStats {
-    /// All-zero pages.
-    pub zero: u64,
-    /// Pages sent as they are.
-    pub raw: u64,
-    /// Pages sent compressed.
-    pub packed: u64,
-    /// Bytes of the batch.
-    pub bytes: u64,
+/// Where an entry's content lies.
+#[derive(Clone, Copy, Debug)]
+enum Content {
+    Zero,
+    /// A page in the payload, from this byte on.
+    Raw(u32),
+    /// A page in the body, from this byte on.
+    Packed(u32),
+    /// A patch in the body: first byte, length, what must come out.
+    Patch(u32, u16, u64),
 }
 
-/// Encoder of page batches; holds its buffers, so keep it.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    index: u64,
+    content: Content,
+}
+
+/// What decoding a batch needs, used again and again.
+#[derive(Debug, Default)]
+pub(crate) struct Unpacked {
+    entries: Vec<Entry>,
+    body: Vec<u8>,
+}
+
+impl Reusable for Unpacked {
+    fn kept_bytes(&self) -> usize {
+        self.body.capacity() + self.entries.capacity() * size_of::<Entry>()
+    }
+}
+
+/// Buffers of a decoder; clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct DecodeBuffers(pub(crate) Buffers<Unpacked>);
+
+/// A decoded batch; raw pages and plain bodies stay where they were received.
 #[derive(Debug)]
-pub struct PageEncoder {
-    policy: EncodePolicy,
-    /// Index and class of each page of the batch.
-    entries: Vec<u64>,
-    /// Content of the pages to pack.
-    plain: Vec<u8>,
-    packed: Vec<u8>,
-    raw: Vec<u8>,
-}
-
-fn is_zero(page: &Page) -> bool {
-    page.chunks_exact(64)
-        .all(|chunk| chunk.iter().fold(0, |or, byte| or | byte) == 0)
-}
-
-impl PageEncoder {
-    /// An encoder.
-    #[must_use]
-    pub fn new(policy: EncodePolicy) -> Self {
-        Self {
-            policy,
-            entries: Vec::new(),
-            plain: Vec::new(),
-            packed: Vec::new(),
-            raw: Vec::new(),
-        }
-    }
-
-    /// Append one batch of at most [`BATCH_PAGES_MAX`] pages (page index, content)
-    /// taken from the front of `pages` to `out`; `None` if `pages` was empty.
-    ///
-    /// # Errors
-    /// [`CodecError::TooBig`] for an index of [`PAGE_INDEX_END`] or above.
-    pub fn encode<'a>(
-        &mut self,
-        pages: &mut impl Iterator<Item = (u64, &'a Page)>,
-        out: &mut BytesMut,
-    ) -> Result<Option<BatchStats>, CodecError> {
-        self.entries.clear();
-        self.plain.clear();
-        self.raw.clear();
-        let mut stats = BatchStats::default();
-        for (index, page) in pages.take(BATCH_PAGES_MAX) {
-            if index >= PAGE_INDEX_END {
-                return Err(CodecError::TooBig {
-                    what: "page index",
-                    value: index,
-                    max: PAGE_INDEX_END - 1,
-                });
-            }
-            let class = if is_zero(page) {
-                stats.zero += 1;
-                CLASS_ZERO
-            } else if self.policy.codec != CodecChoice::Raw && pack::looks_compressible(page) {
-                stats.packed += 1;
-                self.plain.extend_from_slice(page);
-                CLASS_PACKED
-            } else {
-                stats.raw += 1;
-                self.raw.extend_from_slice(page);
-                CLASS_RAW
-            };
-            self.entries.push(index << 8 | class);
-        }
-        if self.entries.is_empty() {
-            return Ok(None);
-        }
-        self.packed.clear();
-        if !self.plain.is_empty() && !pack::compress(&self.plain, &mut self.packed) {
-            self.unpack_all(&mut stats);
-        }
-        let before = out.len();
-        out.reserve(
-            HEAD_BYTES + self.entries.len() * ENTRY_BYTES + self.packed.len() + self.raw.len(),
-        );
-        // Both fit: the batch has at most BATCH_PAGES_MAX pages.
-        out.put_u16_le(u16::try_from(self.entries.len()).unwrap_or(u16::MAX));
-        out.put_u16_le(0);
-        out.put_u32_le(u32::try_from(self.packed.len()).unwrap_or(u32::MAX));
-        for entry in &self.entries {
-            out.put_u64_le(*entry);
-        }
-        out.put_slice(&self.packed);
-        out.put_slice(&self.raw);
-        stats.bytes = (out.len() - before) as u64;
-        Ok(Some(stats))
-    }
-
-    /// Compression gained nothing: send the packed pages raw, in entry order.
-    fn unpack_all(&mut self, stats: &mut BatchStats) {
-        let mut merged = Vec::with_capacity(self.plain.len() + self.raw.len());
-        let (mut plain, mut raw) = (self.plain.chunks(PAGE_BYTES), self.raw.chunks(PAGE_BYTES));
-        for entry in &mut self.entries {
-            let page = match *entry & 0xff {
-                CLASS_PACKED => plain.next(),
-                CLASS_RAW => raw.next(),
-                _ => None,
-            };
-            if let Some(page) = page {
-                merged.extend_from_slice(page);
-                *entry = *entry & !0xff | CLASS_RAW;
-            }
-        }
-        self.raw = merged;
-        self.packed.clear();
-        stats.raw += stats.packed;
-        stats.packed = 0;
-    }
-}
-
-/// A decoded batch; raw pages stay where they were received.
-#[derive(Debug, Clone)]
 pub struct PageBatch {
-    /// Index and class, checked.
-    entries: Vec<u64>,
-    unpacked: Vec<u8>,
-    raw: Bytes,
-    payload_bytes: usize,
+    unpacked: Lent<Unpacked>,
+    /// Bytes of the body in `unpacked`; 0 if it lies in the payload.
+    body_bytes: usize,
+    payload: Bytes,
+    /// Where in the payload a plain body begins.
+    plain_body: Option<usize>,
+    has_raw: bool,
+}
+
+/// One number of a table: at most ten bytes, and none more than it needs.
+fn varint(table: &mut Cursor<'_>) -> Result<u64, CodecError> {
+    let mut value = 0u64;
+    for at in 0..10 {
+        let byte = table.u8()?;
+        let bits = u64::from(byte & 0x7f);
+        let shift = 7 * at;
+        if shift == 63 && bits > 1 || at > 0 && byte == 0 {
+            break;
+        }
+        value |= bits << shift;
+        if byte & 0x80 == 0 {
+            return Ok(value);
+        }
+    }
+    Err(CodecError::Unknown {
+        what: "number in a page table",
+        value,
+    })
+}
+
+fn unzigzag(value: u64) -> u64 {
+    (value >> 1) ^ (value & 1).wrapping_neg()
+}
+
+fn offset(at: usize) -> u32 {
+    // Payload and body are far below 4 GiB.
+    u32::try_from(at).unwrap_or(u32::MAX)
 }
 
 impl PageBatch {
@@ -194,94 +174,238 @@ impl PageBatch {
     ///
     /// # Errors
     /// [`CodecError`]; nothing of the batch may be used then.
-    pub fn decode(batch: &Bytes, guest_pages: u64) -> Result<Self, CodecError> {
+    pub fn decode(
+        batch: &Bytes,
+        guest_pages: u64,
+        buffers: &DecodeBuffers,
+    ) -> Result<Self, CodecError> {
         let mut cursor = Cursor::new(batch, "page batch");
         let count = usize::from(cursor.u16()?);
         cap("pages in a batch", count, BATCH_PAGES_MAX)?;
-        let reserved = cursor.u16()?;
-        cursor.reserved(u64::from(reserved))?;
+        let mut decoded = Self {
+            unpacked: buffers.0.take(),
+            body_bytes: 0,
+            payload: batch.clone(),
+            plain_body: None,
+            has_raw: false,
+        };
+        decoded.unpacked.entries.clear();
+        match cursor.u16()? {
+            LAYOUT_V1 => decoded.take_v1(cursor, count, guest_pages)?,
+            LAYOUT_V2 => decoded.take_v2(cursor, count, guest_pages)?,
+            value => {
+                return Err(CodecError::Unknown {
+                    what: "layout of a page batch",
+                    value: u64::from(value),
+                });
+            }
+        }
+        Ok(decoded)
+    }
+
+    fn push(&mut self, index: u64, guest_pages: u64, content: Content) -> Result<(), CodecError> {
+        if index >= guest_pages {
+            return Err(CodecError::PageIndex { index, guest_pages });
+        }
+        self.unpacked.entries.push(Entry { index, content });
+        Ok(())
+    }
+
+    fn take_v1(
+        &mut self,
+        mut cursor: Cursor<'_>,
+        count: usize,
+        guest_pages: u64,
+    ) -> Result<(), CodecError> {
         let packed_bytes = cursor.u32()? as usize;
-        let mut table = Cursor::new(cursor.take(count * ENTRY_BYTES)?, "page table of a batch");
-        let mut entries = Vec::with_capacity(count);
-        let (mut packed_pages, mut raw_pages) = (0, 0);
+        let mut table = Cursor::new(
+            cursor.take(count * ENTRY_V1_BYTES)?,
+            "page table of a batch",
+        );
+        let packed = cursor.take(packed_bytes)?;
+        let raw_start = self.payload.len() - cursor.remaining();
+        let (mut packed_at, mut raw_at) = (0, raw_start);
         for _ in 0..count {
             let entry = table.u64()?;
-            match entry & 0xff {
-                CLASS_ZERO => {}
-                CLASS_RAW => raw_pages += 1,
-                CLASS_PACKED => packed_pages += 1,
-                value => {
-                    return Err(CodecError::Unknown {
-                        what: "page class",
-                        value,
-                    });
+            let content = match entry.to_le_bytes()[0] {
+                CLASS_ZERO => Content::Zero,
+                CLASS_RAW => {
+                    raw_at += PAGE_BYTES;
+                    Content::Raw(offset(raw_at - PAGE_BYTES))
                 }
-            }
-            let index = entry >> 8;
-            if index >= guest_pages {
-                return Err(CodecError::PageIndex { index, guest_pages });
-            }
-            entries.push(entry);
+                CLASS_PACKED => {
+                    packed_at += PAGE_BYTES;
+                    Content::Packed(offset(packed_at - PAGE_BYTES))
+                }
+                value => return Err(unknown_class(value)),
+            };
+            self.push(entry >> 8, guest_pages, content)?;
         }
-        let packed = cursor.take(packed_bytes)?;
-        let raw_start = batch.len() - cursor.remaining();
-        cursor.take(raw_pages * PAGE_BYTES)?;
+        self.has_raw = raw_at > raw_start;
+        cursor.take(raw_at - raw_start)?;
         cursor.end()?;
-        let unpacked = match (packed_pages, packed_bytes) {
-            (0, 0) => Vec::new(),
-            _ => pack::decompress(packed, packed_pages * PAGE_BYTES, "packed pages")?,
-        };
-        Ok(Self {
-            entries,
-            unpacked,
-            raw: batch.slice(raw_start..),
-            payload_bytes: batch.len(),
-        })
+        if packed_at > 0 || packed_bytes > 0 {
+            self.unpack(Packing::Zstd, packed, packed_at)?;
+        }
+        Ok(())
+    }
+
+    fn take_v2(
+        &mut self,
+        mut cursor: Cursor<'_>,
+        count: usize,
+        guest_pages: u64,
+    ) -> Result<(), CodecError> {
+        let packing = Packing::from_wire("packing of a page batch", cursor.u8()?)?;
+        let reserved = cursor.u8()?;
+        cursor.reserved(u64::from(reserved))?;
+        let raw_pages = usize::from(cursor.u16()?);
+        cap("raw pages in a batch", raw_pages, count)?;
+        let table_bytes = cursor.u32()? as usize;
+        let body_bytes = cursor.u32()? as usize;
+        cap("body of a page batch", body_bytes, count * PAGE_BYTES)?;
+        let raw_start = self.payload.len() - cursor.remaining();
+        cursor.take(raw_pages * PAGE_BYTES)?;
+        let mut table = Cursor::new(cursor.take(table_bytes)?, "page table of a batch");
+        let body_start = self.payload.len() - cursor.remaining();
+        let body = cursor.take(cursor.remaining())?;
+        let (mut index, mut raw_at, mut body_at) = (0u64, raw_start, 0usize);
+        for _ in 0..count {
+            let word = varint(&mut table)?;
+            index = index.wrapping_add(unzigzag(word >> CLASS_BITS));
+            let content = match word.to_le_bytes()[0] & ((1 << CLASS_BITS) - 1) {
+                CLASS_ZERO => Content::Zero,
+                CLASS_RAW => {
+                    raw_at += PAGE_BYTES;
+                    Content::Raw(offset(raw_at - PAGE_BYTES))
+                }
+                CLASS_PACKED => {
+                    body_at += PAGE_BYTES;
+                    Content::Packed(offset(body_at - PAGE_BYTES))
+                }
+                CLASS_PATCH => {
+                    let bytes = usize::try_from(varint(&mut table)?).unwrap_or(usize::MAX);
+                    cap("page patch", bytes, PATCH_BYTES_MAX)?;
+                    let check = table.u64()?;
+                    body_at += bytes;
+                    let bytes = u16::try_from(bytes).unwrap_or(u16::MAX);
+                    Content::Patch(offset(body_at - usize::from(bytes)), bytes, check)
+                }
+                value => return Err(unknown_class(value)),
+            };
+            self.push(index, guest_pages, content)?;
+        }
+        table.end()?;
+        for (what, found, stated) in [
+            (
+                "raw pages of a batch",
+                raw_at - raw_start,
+                raw_pages * PAGE_BYTES,
+            ),
+            ("body of a page batch", body_at, body_bytes),
+        ] {
+            if found != stated {
+                return Err(CodecError::Length {
+                    what,
+                    have: stated as u64,
+                    need: found as u64,
+                });
+            }
+        }
+        self.has_raw = raw_pages > 0;
+        if packing == Packing::Plain {
+            if body.len() != body_bytes {
+                return Err(CodecError::Length {
+                    what: "plain body of a page batch",
+                    have: body.len() as u64,
+                    need: body_bytes as u64,
+                });
+            }
+            self.plain_body = Some(body_start);
+            Ok(())
+        } else {
+            self.unpack(packing, body, body_bytes)
+        }
+    }
+
+    fn unpack(
+        &mut self,
+        packing: Packing,
+        packed: &[u8],
+        body_bytes: usize,
+    ) -> Result<(), CodecError> {
+        self.body_bytes = body_bytes;
+        unpack(
+            packing,
+            packed,
+            body_bytes,
+            "packed pages",
+            &mut self.unpacked.body,
+        )
     }
 
     /// The pages (page index, content) in the order they were given to the encoder.
     pub fn pages(&self) -> impl Iterator<Item = (u64, PageContent<'_>)> {
-        let (mut unpacked, mut raw) = (
-            self.unpacked.as_chunks::<PAGE_BYTES>().0.iter(),
-            self.raw.as_chunks::<PAGE_BYTES>().0.iter(),
-        );
-        self.entries.iter().map(move |entry| {
-            // `decode` counted the classes against both parts; should that ever
-            // be broken, stop here and not in the guest's memory.
-            let page = match entry & 0xff {
-                CLASS_ZERO => return (entry >> 8, PageContent::Zero),
-                CLASS_RAW => raw.next(),
-                _ => unpacked.next(),
+        let body = match self.plain_body {
+            Some(start) => self.payload.get(start..),
+            None => self.unpacked.body.get(..self.body_bytes),
+        }
+        .unwrap_or_default();
+        // `decode` counted the entries against both parts; should that ever be broken, the
+        // expectations below stop here and not in the guest's memory.
+        self.unpacked.entries.iter().map(move |entry| {
+            let content = match entry.content {
+                Content::Zero => PageContent::Zero,
+                Content::Raw(at) => PageContent::Raw(page_at(&self.payload, at)),
+                Content::Packed(at) => PageContent::Raw(page_at(body, at)),
+                Content::Patch(at, bytes, check) => PageContent::Patch(PagePatch {
+                    bytes: body
+                        .get(at as usize..at as usize + usize::from(bytes))
+                        .expect("decode counted the bytes of the patches"),
+                    check,
+                }),
             };
-            (
-                entry >> 8,
-                PageContent::Raw(page.expect("decode counted the pages of each class")),
-            )
+            (entry.index, content)
         })
     }
 
     /// Number of pages.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.unpacked.entries.len()
     }
 
     /// Whether it has none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.unpacked.entries.is_empty()
     }
 
     /// Bytes of memory it holds; raw pages keep the whole payload they came in.
     #[must_use]
     pub fn held_bytes(&self) -> u64 {
-        let payload = if self.raw.is_empty() {
-            0
+        let payload = if self.has_raw || self.plain_body.is_some() {
+            self.payload.len()
         } else {
-            self.payload_bytes
+            0
         };
-        (self.entries.len() * ENTRY_BYTES + self.unpacked.len() + payload) as u64
+        (self.len() * size_of::<Entry>() + self.body_bytes + payload) as u64
     }
+}
+
+fn unknown_class(value: u8) -> CodecError {
+    CodecError::Unknown {
+        what: "page class",
+        value: u64::from(value),
+    }
+}
+
+/// The page at byte `at`, which `decode` found to be there.
+fn page_at(bytes: &[u8], at: u32) -> &Page {
+    bytes
+        .get(at as usize..)
+        .and_then(<[u8]>::first_chunk)
+        .expect("decode counted the pages of each class")
 }
 
 /// Decode a batch, calling `apply(page index, content)` for each page in order.
@@ -293,7 +417,9 @@ pub fn decode_pages(
     guest_pages: u64,
     mut apply: impl FnMut(u64, PageContent<'_>),
 ) -> Result<(), CodecError> {
-    for (index, content) in PageBatch::decode(batch, guest_pages)?.pages() {
+    for (index, content) in
+        PageBatch::decode(batch, guest_pages, &DecodeBuffers::default())?.pages()
+    {
         apply(index, content);
     }
     Ok(())

@@ -5,15 +5,19 @@
 //! decoded as it arrives, while the rest is still on the wire: when the end comes
 //! only counts and digest remain to be compared before the acknowledgement.
 
-use super::ReceivedEpoch;
 use super::meta::{Totals, decode_end};
-use crate::codec::pages::PageBatch;
-use crate::codec::{CodecError, DiskWrite, decode_delta, decode_disk_writes, decode_packets};
+use super::packer::ns_since;
+use super::{DecodeStats, ReceivedEpoch};
+use crate::codec::{
+    CodecError, DecodeBuffers, DiskWrite, PageBatch, decode_delta, decode_disk_writes,
+    decode_packets,
+};
 use crate::frame::{Frame, FrameError, FrameKind};
 use crate::ids::{Epoch, Generation, VmId};
 use bytes::Bytes;
 use ring::digest::{Context, SHA256};
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Instant;
 
 /// How many epochs beyond the next whole one may already have ingress: epoch n+1
 /// runs while n is on its way, and n+2 may have begun before n's end is read here.
@@ -171,6 +175,7 @@ struct Partial {
     digest: Context,
     totals: Totals,
     bytes: u64,
+    decode: DecodeStats,
 }
 
 impl Partial {
@@ -182,6 +187,7 @@ impl Partial {
             digest: Context::new(&SHA256),
             totals: Totals::default(),
             bytes: 0,
+            decode: DecodeStats::default(),
         }
     }
 }
@@ -204,6 +210,7 @@ pub struct EpochAssembler {
     ingress: BTreeMap<Epoch, VecDeque<Bytes>>,
     ingress_bytes: u64,
     ingress_dropped: u64,
+    buffers: DecodeBuffers,
 }
 
 impl std::fmt::Debug for EpochAssembler {
@@ -230,6 +237,7 @@ impl EpochAssembler {
             ingress: BTreeMap::new(),
             ingress_bytes: 0,
             ingress_dropped: 0,
+            buffers: DecodeBuffers::default(),
         }
     }
 
@@ -261,9 +269,17 @@ impl EpochAssembler {
     /// [`EpochError`]; the half-received epoch is dropped then, the expected
     /// epoch stays the same. Drop the lane.
     pub fn push(&mut self, frame: Frame) -> Result<Option<ReceivedEpoch>, EpochError> {
-        let result = self.take(frame);
-        if result.is_err() {
-            self.reset();
+        let begun = Instant::now();
+        let bytes = frame.payload.len() as u64;
+        let mut result = self.take(frame);
+        let ns = ns_since(begun);
+        match &mut result {
+            Ok(Some(whole)) => whole.decode.decode_ns += ns,
+            Ok(None) => {
+                self.partial.decode.decode_ns += ns;
+                self.partial.decode.wire_bytes += bytes;
+            }
+            Err(_) => self.reset(),
         }
         result
     }
@@ -329,7 +345,8 @@ impl EpochAssembler {
         self.partial.totals.frames += 1;
         let added = match kind {
             FrameKind::Pages => {
-                let batch = PageBatch::decode(&frame.payload, self.guest_pages).map_err(codec)?;
+                let batch = PageBatch::decode(&frame.payload, self.guest_pages, &self.buffers)
+                    .map_err(codec)?;
                 self.partial.totals.pages += batch.len() as u64;
                 let bytes = batch.held_bytes();
                 self.partial.batches.push(batch);
@@ -435,6 +452,7 @@ impl EpochAssembler {
             device_state: state,
             ingress,
             meta,
+            decode: partial.decode,
             batches: partial.batches,
         })
     }

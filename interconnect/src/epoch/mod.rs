@@ -1,4 +1,6 @@
-//! One epoch to frames and back. Pure: no tokio, no clock, no thread.
+//! One epoch to frames and back. No tokio, no file, no socket; the only threads are those
+//! of [`EncodePool`], and the only use of a clock is to measure what encoding and decoding
+//! cost.
 //!
 //! On the wire an epoch is, on one lane and in this order:
 //!
@@ -14,10 +16,23 @@
 
 mod assembler;
 mod meta;
+mod packer;
+mod pool;
 mod received;
+mod seed;
 mod writer;
 
 pub use assembler::{EpochAssembler, EpochError, EpochLimits};
 pub use meta::{AuditSums, EpochMeta};
-pub use received::ReceivedEpoch;
+pub use pool::{EncodePool, THREADS_MAX};
+pub use received::{DecodeStats, ReceivedEpoch};
+pub use seed::SeedWriter;
 pub use writer::{EpochWriter, WriteError, ingress_frames};
+
+/// Decode an epoch's end of any content; what decodes comes back as it was.
+pub(crate) fn fuzz_end(data: &[u8]) {
+    if let Ok((totals, meta)) = meta::decode_end(data) {
+        let again = meta::encode_end(&totals, &meta).expect("what was decoded can be encoded");
+        assert_eq!(meta::decode_end(&again), Ok((totals, meta)));
+    }
+}

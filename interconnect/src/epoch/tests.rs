@@ -118,7 +118,7 @@ fn check(received: &ReceivedEpoch, epoch: Epoch) {
                 match content {
                     PageContent::Zero => [0; 4096],
                     PageContent::Raw(page) => *page,
-                    PageContent::Patch(_) => panic!("a patch without a base"),
+                    PageContent::Patch(_) => panic!("no page is sent twice"),
                 },
             )
         })

@@ -5,22 +5,18 @@
 
 use super::EpochMeta;
 use super::meta::{Totals, encode_end};
+use super::packer::{PackError, Packer, ns_since};
+use super::pool::EncodePool;
 use crate::codec::disk::{DISK_WRITE_BYTES_MAX, split_write};
-use crate::codec::pages::{BATCH_BYTES_MAX, BATCH_PAGES_MAX};
 use crate::codec::{
-    Codec, CodecChoice, CodecError, DiskWrite, EncodePolicy, EncodeStats, LinkFacts, Page,
-    PageEncoder, encode_delta, encode_disk_writes, encode_packets,
+    CodecError, DiskWrite, EncodePolicy, EncodeStats, LinkFacts, Page, encode_delta, encode_packets,
 };
 use crate::frame::{Frame, FrameError, FrameKind};
 use crate::ids::{Epoch, Generation, VmId};
 use bytes::{Bytes, BytesMut};
 use ring::digest::{Context, SHA256};
 use std::borrow::Cow;
-
-/// Pages in the first batch of a call; each next batch has twice as many, up to
-/// [`BATCH_PAGES_MAX`]. A batch travels only when it is encoded whole, so the link (and
-/// the standby's decoder) begin sooner.
-const FIRST_BATCH_PAGES: usize = 32;
+use std::time::Instant;
 
 /// Why an epoch could not be written; `E` is the error of the caller's `send`.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +33,9 @@ pub enum WriteError<E> {
     /// The calls came out of order.
     #[error("epoch writer called out of order: {0}")]
     Order(&'static str),
+    /// A thread of the pool ended in the middle of a batch.
+    #[error("an encoding thread ended with a batch of the epoch: restart the daemon")]
+    Worker,
 }
 
 /// Frames for packets delivered to the guest during the running `epoch`. They may
@@ -81,26 +80,54 @@ enum Phase {
 }
 
 /// Turns the content of one epoch after the other into frames; lives as long as
-/// its lane (make a new one for a new lane: the first device state is then full).
+/// its lane (make a new one for a new lane: the first device state is then full, and no page
+/// is sent as a patch before it was sent whole).
 ///
 /// ```text
 /// Idle --begin--> Content --device_state--> StateSent --finish--> Idle
 ///                 | pages, disk: stay
 /// ```
 pub struct EpochWriter {
-    vm: VmId,
-    generation: Generation,
-    policy: EncodePolicy,
-    encoder: PageEncoder,
+    packer: Packer,
+    frames: Frames,
     phase: Phase,
-    epoch: Epoch,
-    digest: Context,
-    totals: Totals,
     /// Device state of the last finished epoch: the base of the next delta.
     base: Option<Bytes>,
     /// Device state of the epoch being written.
     state: Option<Bytes>,
-    stats: EncodeStats,
+}
+
+/// Numbers the frames of an epoch and keeps their digest.
+struct Frames {
+    vm: VmId,
+    generation: Generation,
+    epoch: Epoch,
+    digest: Context,
+    totals: Totals,
+}
+
+impl Frames {
+    /// Count a frame into the digest and send it.
+    fn emit<E>(
+        &mut self,
+        kind: FrameKind,
+        payload: Bytes,
+        stats: &mut EncodeStats,
+        send: &mut impl FnMut(Frame) -> Result<(), E>,
+    ) -> Result<(), WriteError<E>> {
+        let frame = Frame {
+            kind,
+            vm: self.vm,
+            generation: self.generation,
+            epoch: self.epoch,
+            payload,
+        };
+        let begun = Instant::now();
+        self.digest.update(&frame.header()?);
+        stats.check_ns += ns_since(begun);
+        self.totals.frames += 1;
+        send(frame).map_err(WriteError::Send)
+    }
 }
 
 impl std::fmt::Debug for EpochWriter {
@@ -108,25 +135,36 @@ impl std::fmt::Debug for EpochWriter {
         write!(
             f,
             "EpochWriter({} {:?} {:?} {:?})",
-            self.vm, self.generation, self.epoch, self.phase
+            self.frames.vm, self.frames.generation, self.frames.epoch, self.phase
         )
     }
 }
 
 impl EpochWriter {
-    /// A writer for a fresh lane.
+    /// A writer for a fresh lane that packs in the calling thread.
     #[must_use]
     pub fn new(vm: VmId, generation: Generation, policy: EncodePolicy) -> Self {
+        Self::with_pool(vm, generation, policy, EncodePool::default())
+    }
+
+    /// A writer for a fresh lane that packs in the threads of `pool`.
+    #[must_use]
+    pub fn with_pool(
+        vm: VmId,
+        generation: Generation,
+        policy: EncodePolicy,
+        pool: EncodePool,
+    ) -> Self {
         Self {
-            vm,
-            generation,
-            policy,
-            encoder: PageEncoder::new(policy),
-            stats: EncodeStats::default(),
+            packer: Packer::new(policy, pool),
+            frames: Frames {
+                vm,
+                generation,
+                epoch: Epoch(0),
+                digest: Context::new(&SHA256),
+                totals: Totals::default(),
+            },
             phase: Phase::Idle,
-            epoch: Epoch(0),
-            digest: Context::new(&SHA256),
-            totals: Totals::default(),
             base: None,
             state: None,
         }
@@ -134,18 +172,25 @@ impl EpochWriter {
 
     /// Start the frames of `epoch`; drops an unfinished one. `link` is what is known of
     /// the link by now.
-    pub fn begin(&mut self, epoch: Epoch, _link: LinkFacts) {
-        self.epoch = epoch;
+    pub fn begin(&mut self, epoch: Epoch, link: LinkFacts) {
+        if self.phase != Phase::Idle {
+            // The epoch begun before did not end. What was sent of it the standby drops, so
+            // it is no base for anything.
+            self.packer.forget();
+        }
+        self.packer.begin(link);
+        self.packer.stats.epoch = epoch;
+        self.frames.epoch = epoch;
+        self.frames.digest = Context::new(&SHA256);
+        self.frames.totals = Totals::default();
         self.phase = Phase::Content;
-        self.digest = Context::new(&SHA256);
-        self.totals = Totals::default();
         self.state = None;
     }
 
     /// What encoding the epoch begun last took and gave, so far.
     #[must_use]
     pub fn stats(&self) -> &EncodeStats {
-        &self.stats
+        &self.packer.stats
     }
 
     fn want<E>(&self, phase: Phase, what: &'static str) -> Result<(), WriteError<E>> {
@@ -156,49 +201,29 @@ impl EpochWriter {
         }
     }
 
-    /// Count a frame into the digest and send it.
-    fn emit<E>(
-        &mut self,
-        kind: FrameKind,
-        payload: Bytes,
-        send: &mut impl FnMut(Frame) -> Result<(), E>,
-    ) -> Result<(), WriteError<E>> {
-        let frame = Frame {
-            kind,
-            vm: self.vm,
-            generation: self.generation,
-            epoch: self.epoch,
-            payload,
-        };
-        self.digest.update(&frame.header()?);
-        self.totals.frames += 1;
-        send(frame).map_err(WriteError::Send)
-    }
-
     /// Send pages (page index, content), batch by batch as they are encoded.
     ///
     /// # Errors
     /// [`WriteError`]; the epoch is then spoilt: `begin` anew on a new lane.
     pub fn pages<'a, E>(
         &mut self,
-        mut pages: impl Iterator<Item = (u64, &'a Page)>,
+        pages: impl Iterator<Item = (u64, &'a Page)>,
         send: &mut impl FnMut(Frame) -> Result<(), E>,
     ) -> Result<(), WriteError<E>> {
         self.want(
             Phase::Content,
             "pages come after begin and before the device state",
         )?;
-        let mut batch_pages = FIRST_BATCH_PAGES;
-        loop {
-            let mut out = BytesMut::new();
-            let mut batch = pages.by_ref().take(batch_pages);
-            let Some(stats) = self.encoder.encode(&mut batch, &mut out)? else {
-                return Ok(());
-            };
-            batch_pages = (batch_pages * 2).min(BATCH_PAGES_MAX);
-            debug_assert!(out.len() <= BATCH_BYTES_MAX);
-            self.totals.pages += stats.zero + stats.raw + stats.packed;
-            self.emit(FrameKind::Pages, out.freeze(), send)?;
+        let frames = &mut self.frames;
+        let result = self.packer.pages(pages, &mut |stats, payload, pages| {
+            frames.totals.pages += pages;
+            frames.emit(FrameKind::Pages, payload, stats, send)
+        });
+        match result {
+            Ok(()) => Ok(()),
+            Err(PackError::Put(error)) => Err(error),
+            Err(PackError::Codec(error)) => Err(error.into()),
+            Err(PackError::Worker) => Err(WriteError::Worker),
         }
     }
 
@@ -224,22 +249,23 @@ impl EpochWriter {
             writes.into()
         };
         let mut rest = &writes[..];
-        while !rest.is_empty() {
-            let mut out = BytesMut::new();
-            let taken = encode_disk_writes(
-                rest,
-                if self.policy.codec == CodecChoice::Raw {
-                    Codec::Raw
-                } else {
-                    Codec::ZstdFast
-                },
-                &mut out,
+        let (packer, frames) = (&mut self.packer, &mut self.frames);
+        loop {
+            let begun = Instant::now();
+            let batch = packer.disks.encode(rest, packer.codec())?;
+            packer.stats.pack_ns += ns_since(begun);
+            let Some(batch) = batch else { return Ok(()) };
+            rest = &rest[batch.writes..];
+            packer.stats.disk_bytes += batch.data_bytes;
+            packer.stats.disk_wire_bytes += batch.payload.len() as u64;
+            frames.totals.disk_writes += batch.writes as u64;
+            frames.emit(
+                FrameKind::DiskWrites,
+                batch.payload,
+                &mut packer.stats,
+                send,
             )?;
-            rest = &rest[taken..];
-            self.totals.disk_writes += taken as u64;
-            self.emit(FrameKind::DiskWrites, out.freeze(), send)?;
         }
-        Ok(())
     }
 
     /// Send the device state; once an epoch, after pages and disk writes.
@@ -252,8 +278,13 @@ impl EpochWriter {
         send: &mut impl FnMut(Frame) -> Result<(), E>,
     ) -> Result<(), WriteError<E>> {
         self.want(Phase::Content, "the device state comes once, after begin")?;
-        let delta = encode_delta(self.base.as_deref(), &state)?;
-        self.emit(FrameKind::DeviceState, delta, send)?;
+        let (packer, frames) = (&mut self.packer, &mut self.frames);
+        let begun = Instant::now();
+        let delta = encode_delta(self.base.as_deref(), &state, packer.codec(), packer.version)?;
+        packer.stats.pack_ns += ns_since(begun);
+        packer.stats.state_bytes += state.len() as u64;
+        packer.stats.state_wire_bytes += delta.len() as u64;
+        frames.emit(FrameKind::DeviceState, delta, &mut packer.stats, send)?;
         self.state = Some(state);
         self.phase = Phase::StateSent;
         Ok(())
@@ -269,12 +300,15 @@ impl EpochWriter {
         send: &mut impl FnMut(Frame) -> Result<(), E>,
     ) -> Result<(), WriteError<E>> {
         self.want(Phase::StateSent, "the end comes after the device state")?;
-        let digest = std::mem::replace(&mut self.digest, Context::new(&SHA256)).finish();
-        self.totals.digest.copy_from_slice(digest.as_ref());
-        let payload = encode_end(&self.totals, meta)?;
+        let frames = &mut self.frames;
+        let digest = std::mem::replace(&mut frames.digest, Context::new(&SHA256)).finish();
+        frames.totals.digest.copy_from_slice(digest.as_ref());
+        let payload = encode_end(&frames.totals, meta)?;
+        frames.emit(FrameKind::EpochEnd, payload, &mut self.packer.stats, send)?;
+        // Only now: an end that was not sent leaves the epoch unfinished.
         self.phase = Phase::Idle;
-        self.emit(FrameKind::EpochEnd, payload, send)?;
         self.base = self.state.take();
+        self.packer.learn();
         Ok(())
     }
 }

@@ -280,5 +280,7 @@ impl std::fmt::Debug for HeartbeatKey {
     }
 }
 
+pub(crate) use packet::fuzz;
+
 #[cfg(test)]
 mod tests;

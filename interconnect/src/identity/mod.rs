@@ -7,7 +7,8 @@
 //! - [`IdentityDir`]: the identity on disk, and its replacement.
 //! - [`Fingerprint`]: what is pinned. A set of them, because a partner that changes its
 //!   key has two for a while.
-//! - [`code`]: the short code two people compare when hosts meet for the first time.
+//! - [`meeting`], [`code`]: how two hosts get to know each other, and the short code two
+//!   people compare then.
 //!
 //! What this must never do: accept another certificate than a pinned one, a
 //! handshake without a signature by its key, or TLS below 1.3; resume a session
@@ -16,6 +17,7 @@
 pub mod code;
 mod files;
 mod fingerprint;
+pub mod meeting;
 mod pins;
 
 pub use files::{IDENTITY_FILE, IdentityDir, IdentityError, NEXT_FILE};

@@ -86,6 +86,9 @@ pub enum StartError {
         /// Why not.
         source: std::io::Error,
     },
+    /// The thread of the pair could not be started.
+    #[error("cannot start the thread of an interconnect: {0}")]
+    Thread(std::io::Error),
     /// The TLS or QUIC configuration was refused.
     #[error(
         "cannot set up TLS for the pair with {peer}: {reason}: remove the identity folder to make a new identity, then pin its fingerprint on the partner"

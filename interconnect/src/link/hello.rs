@@ -147,6 +147,21 @@ pub(super) fn parse_lane_start(bytes: &[u8; LANE_BYTES]) -> Result<(VmId, Genera
     Ok((VmId(vm), Generation(u64::from_le_bytes(generation))))
 }
 
+/// Read a Hello and a version-1 lane's start of any content.
+pub(super) fn fuzz(data: &[u8]) {
+    if let Some((fixed, text)) = data.split_first_chunk()
+        && let Ok(hello) = parse(fixed, text, "pollux-b")
+    {
+        assert!((PROTOCOL_VERSION_MIN..=PROTOCOL_VERSION).contains(&hello.version));
+        assert_eq!(hello.host, "pollux-b");
+    }
+    if let Some(start) = data.first_chunk()
+        && let Ok((vm, generation)) = parse_lane_start(start)
+    {
+        assert_eq!(lane_start(vm, generation), *start);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,6 +14,7 @@
 //! partner now and then while no session stands, and a side that dials answers such a look.
 
 use super::config::PairConfig;
+use super::drivers::OwnThread;
 use super::hello::{self, HelloError};
 use super::session::{
     CODE_DONE, CODE_PROTOCOL, CODE_REFUSED, Established, Lanes, Session, heartbeat_key,
@@ -50,6 +51,8 @@ const BUILD: &str = concat!("pollux ", env!("CARGO_PKG_VERSION"));
 pub(super) struct Shared {
     pub(super) config: PairConfig,
     runtime: Handle,
+    /// Ends with the last task that holds this.
+    _thread: OwnThread,
     events: mpsc::Sender<LinkEvent>,
     current: Mutex<Option<Arc<dyn Lanes>>>,
     /// Held from `Up` to `Down`: sessions never overlap for the product.
@@ -111,9 +114,11 @@ impl Shared {
         config: PairConfig,
         events: mpsc::Sender<LinkEvent>,
         runtime: Handle,
+        thread: OwnThread,
     ) -> Arc<Self> {
         Arc::new(Self {
             config,
+            _thread: thread,
             runtime,
             events,
             current: Mutex::new(None),

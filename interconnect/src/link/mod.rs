@@ -9,8 +9,10 @@
 //! caller of [`Interconnect::control`], or let a caller take a frame for delivered:
 //! a session that ends may have lost everything not acknowledged by the product.
 
+mod capacity;
 mod config;
 mod congestion;
+mod drivers;
 mod hello;
 mod keeper;
 mod queue;
@@ -176,7 +178,8 @@ impl std::fmt::Debug for Interconnect {
 }
 
 impl Interconnect {
-    /// Bind all links and keep a session with the partner for ever.
+    /// Bind all links and keep a session with the partner for ever, on a thread of its own
+    /// that ends with the last task, or with `runtime`.
     ///
     /// # Errors
     /// [`StartError`].
@@ -194,6 +197,9 @@ impl Interconnect {
                 fingerprint,
             });
         }
+        // The tasks of a pair share one thread, not the caller's (`drivers`).
+        let own = drivers::own_thread(&config.peer, &runtime);
+        let (runtime, thread) = own.map_err(StartError::Thread)?;
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let entered = runtime.enter();
         let mut endpoints = Vec::with_capacity(config.links.len());
@@ -206,7 +212,7 @@ impl Interconnect {
             .zip(&config.links)
             .map(|((endpoint, _), link)| endpoint.local_addr().unwrap_or(link.local))
             .collect();
-        let shared = Shared::new(config, events, runtime);
+        let shared = Shared::new(config, events, runtime, thread);
         keeper::keep(&shared, endpoints);
         Ok((
             Self {
@@ -309,6 +315,11 @@ impl Interconnect {
     pub fn local_addrs(&self) -> Vec<SocketAddr> {
         self.inner.local_addrs.clone()
     }
+}
+
+/// Read a Hello of any content.
+pub(crate) fn fuzz_hello(data: &[u8]) {
+    hello::fuzz(data);
 }
 
 #[cfg(test)]

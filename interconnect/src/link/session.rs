@@ -9,7 +9,6 @@
 //! of the partner's bytes than the windows and channels allow.
 
 use super::config::OnAck;
-use super::congestion::WINDOW_BYTES_MAX;
 use super::hello::{LANE_BYTES, lane_start, parse_lane_start};
 use super::queue::{FrameQueue, PushError};
 use super::{Hello, LinkEvent, LinkStats, SendError, SessionId};
@@ -292,6 +291,7 @@ impl Lanes for Session {
 
     fn stats(&self) -> (usize, LinkStats) {
         let stats = self.connection.stats();
+        let figures = super::capacity::figures(&self.connection);
         let local = self.connection.local_ip();
         let remote = self.connection.remote_address();
         let link = LinkStats {
@@ -304,7 +304,9 @@ impl Lanes for Session {
             lost_packets: stats.path.lost_packets,
             black_holes: stats.path.black_holes_detected,
             mtu_bytes: stats.path.current_mtu,
-            window_bytes: stats.path.cwnd.min(WINDOW_BYTES_MAX),
+            rtt_min: figures.rtt_min,
+            capacity_bytes_per_s: figures.bytes_per_s,
+            window_bytes: figures.window_bytes,
             ..LinkStats::default()
         };
         (self.link, link)

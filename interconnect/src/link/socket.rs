@@ -10,12 +10,13 @@
 
 use super::config::StartError;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
-use quinn::udp::{RecvMeta, Transmit};
+use quinn::udp::{EcnCodepoint, RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
+use std::cell::Cell;
 use std::io::IoSliceMut;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 /// Socket buffers, in bytes: twice what is ever on its way, because the kernel counts
@@ -24,6 +25,12 @@ pub(super) const SOCKET_BUFFER_BYTES: usize = 16 << 20;
 /// Most bytes of one send, whatever number of packets it is cut into: an IPv4 datagram
 /// of 65,535 bytes less its headers, rounded down.
 const SEND_BYTES_MAX: usize = 65_000;
+/// Most bytes that one received message may hold: what the other side sent at once, put
+/// together again (UDP_GRO, udp(7)).
+const MESSAGE_BYTES_MAX: usize = 1 << 16;
+/// Messages taken from the kernel at a time: 128 KiB, which stay in the core's own cache
+/// until they are decrypted. Measured with jumbo frames: 3.2 GB/s, 2.8 with 8, 2.5 with 32.
+const MESSAGES_MAX: usize = 2;
 /// IPv4 and UDP headers.
 const HEADERS_V4_BYTES: u16 = 28;
 /// IPv6 and UDP headers.
@@ -83,18 +90,152 @@ fn packets_in_a_send(mtu_bytes: u16) -> usize {
 pub(super) fn for_quic(
     socket: UdpSocket,
     mtu_bytes_max: u16,
-) -> std::io::Result<Arc<dyn AsyncUdpSocket>> {
+    receive_bytes_max: u16,
+) -> std::io::Result<Arc<BurstSocket>> {
     Ok(Arc::new(BurstSocket {
         inner: TokioRuntime.wrap_udp_socket(socket)?,
         packets_max: packets_in_a_send(mtu_bytes_max),
+        receive_segments: MESSAGE_BYTES_MAX.div_ceil(usize::from(receive_bytes_max.max(1))),
+        burst: Mutex::default(),
     }))
 }
 
-/// Hands everything on; only bounds the burst.
+/// Packets that leave with one send.
+#[derive(Debug, Default)]
+struct Burst {
+    bytes: Vec<u8>,
+    /// Size of every packet but the last.
+    segment_bytes: usize,
+    /// The last one is shorter: nothing can follow it.
+    ended: bool,
+    /// To whom, with which mark, from which address.
+    way: Option<(SocketAddr, Option<EcnCodepoint>, Option<IpAddr>)>,
+}
+
+/// How a burst went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Released {
+    /// Nothing is held any more.
+    Sent,
+    /// The socket has no room: try again when it is writable.
+    Blocked,
+}
+
+impl Burst {
+    fn way(transmit: &Transmit<'_>) -> (SocketAddr, Option<EcnCodepoint>, Option<IpAddr>) {
+        (transmit.destination, transmit.ecn, transmit.src_ip)
+    }
+
+    fn has_room_for(&self, packets: usize, packets_max: usize) -> bool {
+        let bytes = self.bytes.len() + packets * self.segment_bytes;
+        !self.bytes.is_empty()
+            && !self.ended
+            && bytes <= SEND_BYTES_MAX
+            && bytes.div_ceil(self.segment_bytes.max(1)) <= packets_max
+    }
+
+    /// Whether `transmit` can leave together with what is here.
+    fn takes(&self, transmit: &Transmit<'_>, packets_max: usize) -> bool {
+        let bytes = transmit.contents.len();
+        // A single packet (no segment size) may only end a burst.
+        let fits = match transmit.segment_size {
+            Some(segment) => segment == self.segment_bytes,
+            None => bytes <= self.segment_bytes,
+        };
+        let packets = bytes.div_ceil(self.segment_bytes.max(1));
+        fits && self.way == Some(Self::way(transmit)) && self.has_room_for(packets, packets_max)
+    }
+
+    fn take(&mut self, transmit: &Transmit<'_>) {
+        if self.bytes.is_empty() {
+            self.way = Some(Self::way(transmit));
+            self.segment_bytes = transmit.segment_size.unwrap_or(transmit.contents.len());
+        }
+        self.bytes.extend_from_slice(transmit.contents);
+        self.ended = !self.bytes.len().is_multiple_of(self.segment_bytes.max(1));
+    }
+
+    fn clear(&mut self) {
+        // Keeps its memory for the next one: at most SEND_BYTES_MAX.
+        self.bytes.clear();
+        self.ended = false;
+    }
+}
+
+thread_local! {
+    /// The socket whose packets the driver that this thread polls lets gather.
+    static HOLDING: Cell<*const BurstSocket> = const { Cell::new(std::ptr::null()) };
+}
+
+/// While it lives, packets sent from this thread gather.
 #[derive(Debug)]
-struct BurstSocket {
+pub(super) struct Hold(());
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        HOLDING.set(std::ptr::null());
+    }
+}
+
+/// Hands packets on in bursts that fit a datagram, and gathers them while held.
+#[derive(Debug)]
+pub(super) struct BurstSocket {
     inner: Arc<dyn AsyncUdpSocket>,
+    /// Packets of one send.
     packets_max: usize,
+    /// Packets of one message, as the library sizes its buffers by.
+    receive_segments: usize,
+    burst: Mutex<Burst>,
+}
+
+impl BurstSocket {
+    /// Packets sent from this thread gather until [`Self::release`], which must follow.
+    pub(super) fn hold(&self) -> Hold {
+        HOLDING.set(std::ptr::from_ref(self));
+        Hold(())
+    }
+
+    fn burst(&self) -> MutexGuard<'_, Burst> {
+        // After a panic a burst may be cut short: as good as lost on the way.
+        self.burst.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn burst_packets_max(&self) -> usize {
+        // 1 when the kernel turned out not to cut sends.
+        self.inner.max_transmit_segments().min(self.packets_max)
+    }
+
+    /// Whether a burst waits that could take more.
+    pub(super) fn has_room(&self) -> bool {
+        self.burst().has_room_for(1, self.burst_packets_max())
+    }
+
+    /// Sends what gathered.
+    pub(super) fn release(&self) -> Released {
+        match self.send_burst(&mut self.burst()) {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Released::Blocked,
+            // Other errors are the library's to log (quinn-udp does); the packets are lost.
+            _ => Released::Sent,
+        }
+    }
+
+    fn send_burst(&self, burst: &mut Burst) -> std::io::Result<()> {
+        let Some((destination, ecn, src_ip)) = burst.way.filter(|_| !burst.bytes.is_empty()) else {
+            return Ok(());
+        };
+        let several = burst.bytes.len() > burst.segment_bytes;
+        let result = self.inner.try_send(&Transmit {
+            destination,
+            ecn,
+            contents: &burst.bytes,
+            segment_size: several.then_some(burst.segment_bytes),
+            src_ip,
+        });
+        if !matches!(&result, Err(error) if error.kind() == std::io::ErrorKind::WouldBlock) {
+            burst.clear();
+        }
+        result
+    }
 }
 
 impl AsyncUdpSocket for BurstSocket {
@@ -103,16 +244,37 @@ impl AsyncUdpSocket for BurstSocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> std::io::Result<()> {
-        self.inner.try_send(transmit)
+        if !std::ptr::eq(HOLDING.get(), self) {
+            return self.inner.try_send(transmit);
+        }
+        let mut burst = self.burst();
+        let packets_max = self.burst_packets_max();
+        if burst.takes(transmit, packets_max) {
+            burst.take(transmit);
+            return Ok(());
+        }
+        self.send_burst(&mut burst)?;
+        // Copying pays if at least one more of its like may join it. A single packet may be
+        // a probe of the path, and nothing should share its fate.
+        let packets = transmit
+            .segment_size
+            .map_or(1, |segment| transmit.contents.len() / segment.max(1));
+        let joined = 2 * transmit.contents.len() <= SEND_BYTES_MAX && 2 * packets <= packets_max;
+        if transmit.segment_size.is_none() || !joined {
+            return self.inner.try_send(transmit);
+        }
+        burst.take(transmit);
+        Ok(())
     }
 
     fn poll_recv(
         &self,
-        cx: &mut Context<'_>,
+        cx: &mut Context,
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<std::io::Result<usize>> {
-        self.inner.poll_recv(cx, bufs, meta)
+        let count = bufs.len().min(MESSAGES_MAX);
+        self.inner.poll_recv(cx, &mut bufs[..count], meta)
     }
 
     fn local_addr(&self) -> std::io::Result<SocketAddr> {
@@ -120,11 +282,15 @@ impl AsyncUdpSocket for BurstSocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.inner.max_transmit_segments().min(self.packets_max)
+        self.burst_packets_max()
     }
 
     fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments()
+        if self.inner.max_receive_segments() > 1 {
+            self.receive_segments
+        } else {
+            1
+        }
     }
 
     fn may_fragment(&self) -> bool {
@@ -145,7 +311,7 @@ mod tests {
         let _entered = runtime.enter();
         for mtu in [1200, 1452, 1472, 4000, 6551, 8972, 16_000, 65_000] {
             let socket = bind(0, "127.0.0.1:0".parse().unwrap()).unwrap();
-            let socket = for_quic(socket, mtu).unwrap();
+            let socket = for_quic(socket, mtu, mtu).unwrap();
             let packets = socket.max_transmit_segments();
             assert!(packets >= 1);
             assert!(packets * usize::from(mtu) <= 65_507, "{packets} of {mtu}");

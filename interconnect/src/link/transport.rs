@@ -4,6 +4,7 @@
 
 use super::config::{LinkAddr, LinkSettings, PairConfig, StartError};
 use super::congestion::{PrivateLinkConfig, WINDOW_BYTES_MAX, WINDOW_BYTES_MIN};
+use super::drivers::Drivers;
 use super::socket::{self, SOCKET_BUFFER_BYTES};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
@@ -21,6 +22,8 @@ const STREAM_WINDOW_BYTES: u32 = 16 << 20;
 /// What all streams of a session may have unread, in bytes: the bound on the memory
 /// a partner can take here, whatever it does.
 const CONNECTION_WINDOW_BYTES: u32 = 128 << 20;
+/// What QUIC takes from a stream beyond what may be on its way, in bytes.
+const SEND_AHEAD_BYTES: u32 = 1 << 20;
 /// Lanes a partner may have open: two for each of many VMs.
 const LANES_MAX: u32 = 256;
 /// Round-trip time assumed before the first measurement. A cable between two hosts
@@ -36,10 +39,12 @@ const MTU_BYTES_MIN: u16 = 1200;
 /// Pause before larger packets are tried again after losses that looked like a limit
 /// of the path. A cable has the same limit always, and a try costs single packets only.
 const MTU_RETRY: Duration = Duration::from_secs(10);
-/// Packets the receiver may get without acknowledging. Two is fair on the internet;
-/// here each acknowledgement is only work on both sides. A lost packet is reported at
-/// once regardless (it arrives out of order).
-const ACK_AFTER_PACKETS: u32 = 10;
+/// Bytes the receiver may get without acknowledging. Two packets are fair on the internet;
+/// here each acknowledgement is only work on both sides: a tenth of all with ten packets of
+/// 1,472 bytes. A lost packet is reported at once regardless (the next arrives out of order).
+/// 2 ms of 1 Gbit/s, so that slower links go by [`ACK_DELAY_MAX`] and none by more than the
+/// queue that the congestion controller keeps.
+const ACK_AFTER_BYTES: u32 = 256 << 10;
 /// How long the receiver may hold back an acknowledgement. The default of 25 ms is
 /// part of the sender's timer for a lost last packet, and the last packet of an
 /// epoch is the one that is waited for.
@@ -84,7 +89,7 @@ impl PacketBytes {
 
 fn transport(settings: &LinkSettings, packets: PacketBytes, window_max: u64) -> TransportConfig {
     let mut acks = AckFrequencyConfig::default();
-    acks.ack_eliciting_threshold(VarInt::from_u32(ACK_AFTER_PACKETS))
+    acks.ack_eliciting_threshold(VarInt::from_u32(ACK_AFTER_BYTES / u32::from(packets.max)))
         .max_ack_delay(Some(ACK_DELAY_MAX));
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(packets.max).black_hole_cooldown(MTU_RETRY);
@@ -100,10 +105,9 @@ fn transport(settings: &LinkSettings, packets: PacketBytes, window_max: u64) -> 
         .mtu_discovery_config(Some(mtu))
         .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES))
-        // What is unacknowledged in all: the partner's socket buffer holds it, whatever
-        // the partner does. This is the window that counts; the congestion window only
-        // becomes smaller than it after losses.
-        .send_window(window_max)
+        // Beyond the congestion window, so that it is always that one which holds the
+        // sender: it cannot tell a path that got slower from a sender with little to send.
+        .send_window(window_max + u64::from(SEND_AHEAD_BYTES))
         .max_concurrent_uni_streams(VarInt::from_u32(LANES_MAX))
         // The control lane, opened once by the side that dials.
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
@@ -144,8 +148,9 @@ pub(super) fn endpoint(
     id_key.copy_from_slice(&tag.as_ref()[..8]);
     let id_key = u64::from_le_bytes(id_key);
     endpoint_config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)));
+    let receive_bytes_max = config.settings.mtu_bytes_max.max(SAFE_MTU_BYTES);
     endpoint_config
-        .max_udp_payload_size(config.settings.mtu_bytes_max.max(SAFE_MTU_BYTES))
+        .max_udp_payload_size(receive_bytes_max)
         .map_err(|error| tls(error.to_string()))?;
 
     let client = config
@@ -165,13 +170,13 @@ pub(super) fn endpoint(
     // A link is a cable: the partner's address on it does not change.
     server.transport_config(transport).migration(false);
 
-    socket::for_quic(socket, packets.max)
+    socket::for_quic(socket, packets.max, receive_bytes_max)
         .and_then(|socket| {
             quinn::Endpoint::new_with_abstract_socket(
                 endpoint_config,
                 Some(server),
-                socket,
-                Arc::new(quinn::TokioRuntime),
+                Arc::clone(&socket) as _,
+                Arc::new(Drivers::new(socket)),
             )
         })
         .map(|endpoint| (endpoint, client))

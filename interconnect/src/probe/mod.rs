@@ -22,12 +22,27 @@ mod tester;
 pub mod wire;
 
 pub use responder::Responder;
-pub use tester::{Measured, PathSample, Settings, Share, Step, TestError, Tester};
+pub use tester::{LinkSample, Measured, PathSample, Settings, Share, Step, TestError, Tester};
 
-use crate::ids::VmId;
+use crate::frame::{Frame, FrameKind};
+use crate::ids::{Epoch, Generation, VmId};
 use std::time::Duration;
 
 /// The VM id of test lanes: no uuid (its version bits say nothing), so no VM has it.
 pub const PROBE_VM: VmId = VmId(*b"pollux link test");
 /// Longest test, for both sides: a responder that has served a lane for longer ends it.
 pub const TEST_TIME_MAX: Duration = Duration::from_secs(120);
+
+/// What is said on the control lane, as a frame.
+fn answer_frame(talk: &wire::Talk) -> Frame {
+    Frame {
+        kind: FrameKind::ProbeAck,
+        vm: PROBE_VM,
+        generation: Generation(talk.test().0),
+        epoch: Epoch(0),
+        payload: talk.to_bytes(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

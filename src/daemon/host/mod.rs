@@ -1,23 +1,30 @@
 //! One host: its identity, its partners, its VMs.
 
+mod keys;
+mod links;
+mod meetings;
 mod standbys;
 mod vms;
 
 use super::claims::Claims;
 use super::clock::now_ns;
 use super::config::HostConfig;
-use super::partner::{OnUnrouted, Partner, PartnerSetup};
+use super::keys::KeyChange;
+use super::linktest::LinkTest;
+use super::partner::Partner;
 use super::store::Store;
 use super::worker::{Env, Routes, Shared};
-use crate::api::types::{ApiError, Done, HostInfo, HostStatus, LinkConfig, Role, VmStatus};
+use crate::api::types::{ApiError, HostInfo, HostStatus, VmStatus};
 use crate::pool::spec::VmSpec;
 use crate::pool::{HostName, VmId};
 use crate::registry::{FileRegistry, FileRegistryOptions};
 use crate::vm::{kernel, probe};
-use interconnect::identity::Identity;
+use interconnect::epoch::EncodePool;
+use interconnect::identity::{Identity, IdentityDir};
+use meetings::Meeting;
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 /// A VM known to this host.
 struct VmEntry {
@@ -28,7 +35,17 @@ struct VmEntry {
 /// The host.
 pub struct Host {
     env: Arc<Env>,
-    identity: Arc<Identity>,
+    identity_dir: IdentityDir,
+    /// The one in use.
+    identity: Mutex<Arc<Identity>>,
+    /// Its change. Held while what it decided is done, so that things happen in the order
+    /// they were decided in.
+    keys: Mutex<KeyChange>,
+    /// The newest meeting with a host that is not known yet.
+    meeting: Mutex<Option<Arc<Meeting>>>,
+    /// The newest link test with each partner.
+    tests: Mutex<BTreeMap<HostName, Arc<LinkTest>>>,
+    tests_begun: AtomicU64,
     runtime: tokio::runtime::Handle,
     store: Store,
     qemu: probe::QemuBinary,
@@ -63,9 +80,13 @@ impl Host {
         }
         let qemu = probe::find_qemu(&config.qemu)?;
         tracing::info!(version = %qemu.version, "QEMU is {}", qemu.program.display());
-        let identity = Arc::new(Identity::load_or_create(
-            &config.state_dir.join("identity"),
-        )?);
+        let identity_dir = IdentityDir::new(&config.state_dir.join("identity"));
+        let identity = Arc::new(identity_dir.load_or_create()?);
+        let next = identity_dir.next()?.map(|next| next.fingerprint());
+        if let Some(next) = next {
+            tracing::info!("a change of this host's key goes on: the next is {next}");
+        }
+        let keys = KeyChange::new(identity.fingerprint(), next);
         let registry = FileRegistry::new(&config.registry_dir, FileRegistryOptions::default());
         let claims = Claims::start(Box::new(registry))?;
         let store = Store::open(&config.state_dir)?;
@@ -77,11 +98,17 @@ impl Host {
             claims,
             routes,
             peers: Mutex::default(),
+            encode_pool: EncodePool::start(EncodePool::default_threads())?,
             config,
         });
         let host = Arc::new(Self {
             env,
-            identity,
+            identity_dir,
+            identity: Mutex::new(identity),
+            keys: Mutex::new(keys),
+            meeting: Mutex::default(),
+            tests: Mutex::default(),
+            tests_begun: AtomicU64::new(0),
             runtime,
             store,
             qemu,
@@ -105,7 +132,7 @@ impl Host {
     pub fn info(&self) -> HostInfo {
         HostInfo {
             name: self.env.config.name.clone(),
-            fingerprint: self.identity.fingerprint().to_string(),
+            fingerprint: lock(&self.identity).fingerprint().to_string(),
             version: env!("CARGO_PKG_VERSION").into(),
             qemu: self.qemu.version.to_string(),
             cannot_mirror: self.cannot_mirror.clone(),
@@ -128,81 +155,5 @@ impl Host {
             partners: partners.iter().map(|p| p.status()).collect(),
             vms,
         }
-    }
-
-    /// The pinned links.
-    #[must_use]
-    pub fn links(&self) -> Vec<LinkConfig> {
-        lock(&self.partners)
-            .values()
-            .map(|p| p.config.clone())
-            .collect()
-    }
-
-    /// Pin a partner and connect to it.
-    ///
-    /// # Errors
-    /// If it is pinned already, or an address cannot be used.
-    pub fn link_create(self: &Arc<Self>, link: LinkConfig) -> Result<Done, ApiError> {
-        if link.partner == self.env.config.name {
-            return Err(refused("a host cannot be its own partner"));
-        }
-        if lock(&self.partners).contains_key(&link.partner) {
-            return Err(refused(format!(
-                "a link to {} is pinned already; `pollux link remove {}` first",
-                link.partner, link.partner
-            )));
-        }
-        self.connect(link.clone()).map_err(refused)?;
-        self.store.put_link(&link).map_err(refused)?;
-        Ok(Done::default())
-    }
-
-    /// Forget a partner.
-    ///
-    /// # Errors
-    /// If it is not known, or a VM is mirrored with it.
-    pub fn link_remove(&self, partner: &str) -> Result<Done, ApiError> {
-        let name = HostName::new(partner).map_err(refused)?;
-        let in_use = self
-            .status()
-            .vms
-            .into_iter()
-            .find(|vm| vm.role != Role::Stopped && vm.partner.as_ref() == Some(&name));
-        if let Some(vm) = in_use {
-            return Err(refused(format!(
-                "VM `{}` is mirrored with {name}; `pollux vm unprotect {}` first",
-                vm.name, vm.name
-            )));
-        }
-        if lock(&self.partners).remove(&name).is_none() {
-            return Err(refused(format!("no link to {name} is known here")));
-        }
-        lock(&self.env.peers).remove(&name);
-        self.store.delete_link(&name).map_err(refused)?;
-        Ok(Done::default())
-    }
-
-    fn connect(self: &Arc<Self>, link: LinkConfig) -> Result<(), String> {
-        let weak = Arc::downgrade(self);
-        let on_unrouted: OnUnrouted = Arc::new(move |from, vm, generation, message| {
-            if let Some(host) = weak.upgrade() {
-                host.unrouted(from, vm, generation, message);
-            }
-        });
-        let partner = Partner::start(PartnerSetup {
-            config: link,
-            identity: Arc::clone(&self.identity),
-            me: self.env.config.name.clone(),
-            period: Duration::from_millis(self.env.config.heartbeat_ms),
-            detection: Duration::from_millis(self.env.config.detection_ms),
-            runtime: self.runtime.clone(),
-            routes: self.env.routes.clone(),
-            on_unrouted,
-        })?;
-        let name = partner.config.partner.clone();
-        lock(&self.env.peers).insert(name.clone(), partner.peer());
-        lock(&self.partners).insert(name, Arc::new(partner));
-        Ok(())
     }
 }

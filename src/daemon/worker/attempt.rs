@@ -224,6 +224,7 @@ impl PrimarySide {
             lane,
             disks: self.parts.disks.clone(),
             policy,
+            pool: self.env.encode_pool.clone(),
             audit: spec.mirror.audit,
             abort: Arc::clone(&attempt.abort),
         };
@@ -254,6 +255,7 @@ impl PrimarySide {
             vm: self.config.spec.uuid,
             generation: attempt.generation,
             policy,
+            pool: self.env.encode_pool.clone(),
             lane,
             disks: self.parts.disks.clone(),
             audit: seeded.audit,

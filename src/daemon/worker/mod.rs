@@ -40,7 +40,7 @@ use crate::mirror::{ClaimOutcome, Micros, Ticket, Timing, Verdict, Versioned, Vm
 use crate::pool::spec::VmSpec;
 use crate::pool::{Epoch, Generation, HostName, VmId};
 use crate::vm::argv::Accel;
-use interconnect::epoch::ReceivedEpoch;
+use interconnect::epoch::{EncodePool, ReceivedEpoch};
 use interconnect::frame::{Frame, FrameKind};
 use interconnect::link::Interconnect;
 use std::collections::HashMap;
@@ -257,6 +257,8 @@ pub struct Env {
     pub routes: Routes,
     /// Partners by name.
     pub peers: Mutex<HashMap<HostName, Peer>>,
+    /// Threads that encode for all VMs.
+    pub encode_pool: EncodePool,
 }
 
 impl Env {

@@ -5,16 +5,13 @@
 
 use super::WorkerEvent;
 use super::publish::Shared;
-use super::sender::{Audit, ZERO_PAGE, chunks, to_wire};
+use super::sender::{Audit, ZERO_PAGE, chunks, link_facts, to_wire};
 use crate::api::types::SeedingStatus;
 use crate::interpose::disk::{Disk, DiskWrite, WriteData};
 use crate::interpose::memory::{Page, SeedLimits, Tracker, seed};
-use crate::pool::{Epoch, Generation, VmId};
-use bytes::{Bytes, BytesMut};
-use interconnect::codec::{
-    Codec, EncodePolicy, PageEncoder, encode_disk_writes, pages::BATCH_PAGES_MAX,
-};
-use interconnect::frame::{Frame, FrameKind};
+use crate::pool::{Generation, VmId};
+use interconnect::codec::{EncodePolicy, pages::BATCH_PAGES_MAX};
+use interconnect::epoch::{EncodePool, SeedWriter};
 use interconnect::link::EpochLane;
 use std::ops::Range;
 use std::sync::Arc;
@@ -27,6 +24,8 @@ const DISK_ROUNDS_MAX: u32 = 5;
 const DISK_SMALL_BYTES: u64 = 4 << 20;
 /// Pages small enough for the first checkpoint: 16 MiB are copied in about 10 ms.
 const SMALL_PAGES: u64 = 4096;
+/// Pages handed to the writer at once: batches for each of its threads, 8 MiB.
+const ROUND_PAGES: usize = 8 * BATCH_PAGES_MAX;
 /// Scan-and-copy rounds at most.
 const ROUNDS_MAX: u32 = 8;
 
@@ -44,6 +43,8 @@ pub struct SeedJob {
     pub disks: Vec<Arc<Disk>>,
     /// How pages are packed.
     pub policy: EncodePolicy,
+    /// The threads that do.
+    pub pool: EncodePool,
     /// Whether to keep an audit.
     pub audit: bool,
     /// Set to give up.
@@ -87,6 +88,7 @@ pub fn start(job: SeedJob, shared: Arc<Shared>, inbox: Sender<WorkerEvent>) -> s
 
 struct Seeder {
     job: SeedJob,
+    writer: SeedWriter,
     shared: Arc<Shared>,
     audit: Option<Audit>,
     base: Vec<Vec<Range<u64>>>,
@@ -98,8 +100,10 @@ impl Seeder {
         let audit = job
             .audit
             .then(|| Audit::new(job.tracker.pages(), &job.disks));
+        let writer = SeedWriter::new(job.vm, job.generation, job.policy, job.pool.clone());
         Self {
             job,
+            writer,
             shared,
             audit,
             base: Vec::new(),
@@ -153,32 +157,15 @@ impl Seeder {
                 audit.disk_write(index, offset, &data);
             }
             let writes = [to_wire(index, DiskWrite { offset, data })];
-            let mut rest = &writes[..];
-            while !rest.is_empty() {
-                let mut out = BytesMut::new();
-                let taken =
-                    encode_disk_writes(rest, Codec::Raw, &mut out).map_err(|e| e.to_string())?;
-                rest = &rest[taken..];
-                self.put(FrameKind::SeedDisk, out.freeze())?;
-            }
+            let lane = &self.job.lane;
+            self.writer.choose(link_facts(lane));
+            self.writer
+                .disk(&writes, &mut |frame| lane.send_blocking(frame))
+                .map_err(|e| e.to_string())?;
             self.progress.done_bytes += length;
             self.shared.seeding(&self.progress);
         }
         Ok(())
-    }
-
-    fn put(&self, kind: FrameKind, payload: Bytes) -> Result<(), String> {
-        let frame = Frame {
-            kind,
-            vm: self.job.vm,
-            generation: self.job.generation,
-            epoch: Epoch::default(),
-            payload,
-        };
-        self.job
-            .lane
-            .send_blocking(frame)
-            .map_err(|e| e.to_string())
     }
 
     fn seed_memory(&mut self) -> Result<(), String> {
@@ -187,26 +174,14 @@ impl Seeder {
             rounds_max: ROUNDS_MAX,
             small_pages: SMALL_PAGES,
         };
-        let mut batch: Vec<(u64, Page)> = Vec::with_capacity(BATCH_PAGES_MAX);
-        let mut encoder = PageEncoder::new(self.job.policy);
-        let (vm, generation, lane) = (self.job.vm, self.job.generation, Arc::clone(&self.job.lane));
+        let mut batch: Vec<(u64, Page)> = Vec::with_capacity(ROUND_PAGES);
+        let (writer, lane) = (&mut self.writer, &self.job.lane);
         let mut flush = |batch: &mut Vec<(u64, Page)>| -> Result<(), String> {
-            let mut pages = batch.iter().map(|(index, page)| (*index, page)).peekable();
-            while pages.peek().is_some() {
-                let mut out = BytesMut::new();
-                encoder
-                    .encode(&mut pages, &mut out)
-                    .map_err(|e| e.to_string())?;
-                let payload = out.freeze();
-                let frame = Frame {
-                    kind: FrameKind::SeedPages,
-                    vm,
-                    generation,
-                    epoch: Epoch::default(),
-                    payload,
-                };
-                lane.send_blocking(frame).map_err(|e| e.to_string())?;
-            }
+            writer.choose(link_facts(lane));
+            let pages = batch.iter().map(|(index, page)| (*index, page));
+            writer
+                .pages(pages, &mut |frame| lane.send_blocking(frame))
+                .map_err(|e| e.to_string())?;
             batch.clear();
             Ok(())
         };
@@ -227,7 +202,7 @@ impl Seeder {
                     }
                 }
                 batch.push((index, *page));
-                if batch.len() == BATCH_PAGES_MAX {
+                if batch.len() == ROUND_PAGES {
                     flush(&mut batch)
                 } else {
                     Ok(())

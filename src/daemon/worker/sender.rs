@@ -11,7 +11,9 @@ use crate::interpose::memory::{PAGE_SIZE, Page, Staging};
 use crate::pool::{Epoch, Generation, VmId};
 use bytes::Bytes;
 use interconnect::codec::{self, DiskOp, EncodePolicy, EncodeStats, LinkFacts};
-use interconnect::epoch::{AuditSums, EpochMeta, EpochWriter, WriteError, ingress_frames};
+use interconnect::epoch::{
+    AuditSums, EncodePool, EpochMeta, EpochWriter, WriteError, ingress_frames,
+};
 use interconnect::frame::Frame;
 use interconnect::link::{EpochLane, SendError};
 use std::ops::Range;
@@ -141,6 +143,8 @@ pub struct SenderConfig {
     pub generation: Generation,
     /// How pages are packed.
     pub policy: EncodePolicy,
+    /// The threads that do.
+    pub pool: EncodePool,
     /// Its lane.
     pub lane: Arc<EpochLane>,
     /// The VM's disks.
@@ -165,7 +169,12 @@ pub fn start(config: SenderConfig) -> std::io::Result<SenderHandle> {
 }
 
 fn serve(mut config: SenderConfig, queue: &Receiver<EpochJob>) {
-    let mut writer = EpochWriter::new(config.vm, config.generation, config.policy);
+    let mut writer = EpochWriter::with_pool(
+        config.vm,
+        config.generation,
+        config.policy,
+        config.pool.clone(),
+    );
     while let Ok(mut job) = queue.recv() {
         let result = send(&mut config, &mut writer, &mut job);
         let mut staging = job.staging;
@@ -197,12 +206,7 @@ fn send(
     let words = |e: WriteError<SendError>| e.to_string();
     let epoch = job.epoch;
     tracing::debug!(%epoch, pages = job.staging.len_pages(), queued = lane.queued_bytes(), "epoch to the lane");
-    let pressure = lane.pressure();
-    let link = LinkFacts {
-        bytes_per_s: pressure.capacity_bytes_per_s,
-        queued_bytes: pressure.queued_bytes,
-    };
-    writer.begin(epoch, link);
+    writer.begin(epoch, link_facts(&lane));
     writer.pages(job.staging.iter(), &mut put).map_err(words)?;
     for (index, ranges) in job.base.iter().enumerate() {
         for chunk in ranges.iter().flat_map(|r| chunks(r.clone())) {
@@ -261,8 +265,31 @@ fn send(
         .send(closing)
         .map_err(|_| "the worker has ended".to_owned())?;
     writer.finish(&job.meta, &mut put).map_err(words)?;
-    tracing::debug!(%epoch, bytes, queued = lane.queued_bytes(), "epoch in the lane");
+    let stats = writer.stats();
+    tracing::debug!(
+        %epoch,
+        bytes,
+        queued = lane.queued_bytes(),
+        codec = stats.codec.word(),
+        why = stats.why.words(),
+        zero = stats.zero,
+        unchanged = stats.unchanged,
+        patched = stats.patched,
+        packed = stats.packed,
+        raw = stats.raw,
+        encode_us = stats.encode_ns() / 1000,
+        "epoch in the lane"
+    );
     Ok(bytes)
+}
+
+/// What an encoder may know of the link.
+pub fn link_facts(lane: &EpochLane) -> LinkFacts {
+    let pressure = lane.pressure();
+    LinkFacts {
+        bytes_per_s: pressure.capacity_bytes_per_s,
+        queued_bytes: pressure.queued_bytes,
+    }
 }
 
 /// `range` in pieces of at most [`DISK_CHUNK_BYTES`].
