@@ -1,5 +1,9 @@
 //! Pairs over real QUIC on loopback.
 
+mod links;
+mod recorded;
+mod relay;
+
 use super::*;
 use crate::codec::tests::noise;
 use crate::frame::FrameKind;
@@ -65,6 +69,37 @@ impl Side {
     }
 }
 
+/// A bare QUIC endpoint with a side's identity.
+struct Raw {
+    endpoint: quinn::Endpoint,
+    client: quinn::ClientConfig,
+}
+
+impl Raw {
+    async fn connect(&self, to: SocketAddr) -> quinn::Connection {
+        self.endpoint
+            .connect_with(self.client.clone(), to, "pollux")
+            .unwrap()
+            .await
+            .unwrap()
+    }
+}
+
+impl Side {
+    /// On the side's first link.
+    fn raw_endpoint(&self, peer: &Side, runtime: &Runtime) -> Raw {
+        let _entered = runtime.enter();
+        let config = self.config(peer);
+        let keys = Keys {
+            identity: Arc::clone(&self.identity),
+            pins: vec![peer.identity.fingerprint()],
+        };
+        let (endpoint, transport) = transport::endpoint(&config, &keys, 0).unwrap();
+        let client = keys.client(&transport).unwrap();
+        Raw { endpoint, client }
+    }
+}
+
 /// Two sides; the first dials.
 fn sides(links: usize) -> (Side, Side) {
     let (a, b) = (Side::new("castor", links), Side::new("pollux", links));
@@ -91,11 +126,30 @@ fn start(config: PairConfig, runtime: &Runtime) -> Running {
 }
 
 impl Running {
-    fn next(&mut self) -> LinkEvent {
+    /// The next event, whatever it is.
+    fn any(&mut self) -> LinkEvent {
         self.runtime
             .block_on(async { tokio::time::timeout(PATIENCE, self.events.recv()).await })
             .expect("an event in time")
             .expect("events go on")
+    }
+
+    /// The next event about more than a single link.
+    fn next(&mut self) -> LinkEvent {
+        loop {
+            match self.any() {
+                LinkEvent::LinkUp { .. } | LinkEvent::LinkDown { .. } => {}
+                event => return event,
+            }
+        }
+    }
+
+    fn control_frame(&mut self) -> Frame {
+        loop {
+            if let LinkEvent::Control { frame, .. } = self.next() {
+                return frame;
+            }
+        }
     }
 
     fn up(&mut self) -> (SessionId, Hello) {
@@ -122,9 +176,14 @@ impl Running {
     }
 
     fn lane(&mut self) -> mpsc::Receiver<Frame> {
+        self.lane_of(VM)
+    }
+
+    fn lane_of(&mut self, of: VmId) -> mpsc::Receiver<Frame> {
         loop {
-            if let LinkEvent::EpochLane { rx, vm: VM, .. } = self.next() {
-                return rx;
+            match self.next() {
+                LinkEvent::EpochLane { rx, vm, .. } if vm == of => return rx,
+                _ => {}
             }
         }
     }
