@@ -75,10 +75,20 @@ impl Pump {
                     tracing::warn!(%partner, %vm, "an epoch lane for a VM that has no standby here");
                 }
             }
+            LinkEvent::LinkUp { link, .. } => {
+                tracing::info!(%partner, link, "link up");
+                self.log.event(format!("link {link} up"));
+            }
+            LinkEvent::LinkDown { link, reason, .. } => {
+                tracing::warn!(%partner, link, "link down: {reason}");
+                self.log.event(format!("link {link} down: {reason}"));
+            }
             LinkEvent::Refused { reason } => {
                 tracing::error!(%partner, "{reason}");
                 self.log.refused(reason);
             }
+            // Nothing here uses I/O lanes.
+            _ => {}
         }
     }
 
