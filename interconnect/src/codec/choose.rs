@@ -41,6 +41,9 @@ pub const SETTLE_EPOCHS: u32 = 4;
 /// Epochs between two trials; each costs some 10 to 300 µs.
 pub const TRY_EVERY: u32 = 16;
 /// Weight of a new measurement.
+/// Bytes of a page, as a float.
+const PAGE_BYTES_F: f64 = 4096.0;
+const _: () = assert!(super::PAGE_BYTES == 4096);
 const EWMA_WEIGHT: f64 = 0.125;
 /// What QUIC costs, in ns of CPU for each byte on each side (docs/interconnect.md: UDP, AES-GCM
 /// and copies), when no capacity is measured: then it is taken for the bottleneck.
@@ -175,7 +178,7 @@ impl Chooser {
     /// Expected ns until the standby has the epoch.
     fn predict(&self, codec: Codec, situation: &Situation) -> f64 {
         let figures = self.of(codec);
-        let content = self.content_bytes.max(f64::from(super::PAGE_BYTES as u32));
+        let content = self.content_bytes.max(PAGE_BYTES_F);
         let link_ns = match situation.link_bytes_per_s {
             Some(rate) if rate > 0 => 1e9 / rate as f64,
             _ => 0.0,
