@@ -29,7 +29,7 @@
 //! | 8 | 16 | VM id |
 //! | 24 | 8 | generation |
 //! | 32 | 4 | lane id, not 0 |
-//! | 36 | 4 | reserved |
+//! | 36 | 4 | the partner's lane that this one answers; 0: none |
 //!
 //! Segment, 16 bytes and its content:
 //!
@@ -262,6 +262,9 @@ pub struct LaneStart {
     pub vm: VmId,
     /// Its generation at the sender.
     pub generation: Generation,
+    /// An I/O lane has two directions: the partner's lane that this one goes back along;
+    /// 0 if it is the first of the two, and for epoch lanes.
+    pub answers: LaneId,
 }
 
 impl LaneStart {
@@ -279,6 +282,7 @@ impl LaneStart {
         out[8..24].copy_from_slice(&self.vm.0);
         out[24..32].copy_from_slice(&self.generation.0.to_le_bytes());
         out[32..36].copy_from_slice(&self.lane.0.to_le_bytes());
+        out[36..].copy_from_slice(&self.answers.0.to_le_bytes());
         out
     }
 
@@ -299,7 +303,8 @@ impl LaneStart {
                 return Err(WireError::Unknown { what, number });
             }
         };
-        if bytes[6..8] != [0; 2] || bytes[36..] != [0; 4] {
+        let answers = LaneId(u32::from_le_bytes(array(bytes, 36)));
+        if bytes[6..8] != [0; 2] || (class == LaneClass::Epoch && answers != LaneId::CONTROL) {
             let what = "lane's start";
             return Err(WireError::Reserved { what });
         }
@@ -312,6 +317,7 @@ impl LaneStart {
             class,
             vm: VmId(array(bytes, 8)),
             generation: Generation(u64::from_le_bytes(array(bytes, 24))),
+            answers,
         })
     }
 }

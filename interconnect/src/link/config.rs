@@ -1,5 +1,6 @@
 //! What an interconnect is told when it starts.
 
+use super::hello::PROTOCOL_VERSION;
 use crate::frame::Frame;
 use crate::identity::{Fingerprint, Identity};
 use std::net::SocketAddr;
@@ -33,6 +34,13 @@ pub struct LinkSettings {
     /// encode the next batch while one is sent. What is queued when seeding ends is
     /// what the first epoch waits behind.
     pub lane_queue_bytes: usize,
+    /// How long a session outlives its last connection: what its lanes hold is sent when a
+    /// link comes back within it.
+    pub session_keep: Duration,
+    /// Highest protocol version offered, for tests and for a partner whose newer version
+    /// is not to be trusted; 1 is the least.
+    #[doc(hidden)]
+    pub version_max: u16,
 }
 
 /// A pair as seen from one side.
@@ -44,9 +52,10 @@ pub struct PairConfig {
     pub me: String,
     /// The partner's name; another one is refused.
     pub peer: String,
-    /// The one identity that is accepted.
+    /// The identity that is accepted, until [`super::Interconnect::set_pins`] says otherwise.
     pub peer_fingerprint: Fingerprint,
-    /// The links, best first; one at a time is used.
+    /// The links, best first: with a partner of protocol version 1 one at a time is used,
+    /// otherwise all that stand.
     pub links: Vec<LinkAddr>,
     /// Settings.
     pub settings: LinkSettings,
@@ -86,6 +95,17 @@ pub enum StartError {
         /// Why not.
         source: std::io::Error,
     },
+    /// More links than lanes go over.
+    #[error(
+        "the pair with {peer} has {links} links, at most {} are used",
+        crate::lane::LINKS_MAX
+    )]
+    TooManyLinks {
+        /// The partner.
+        peer: String,
+        /// How many were given.
+        links: usize,
+    },
     /// The thread of the pair could not be started.
     #[error("cannot start the thread of an interconnect: {0}")]
     Thread(std::io::Error),
@@ -107,6 +127,8 @@ impl Default for LinkSettings {
             idle_timeout: Duration::from_millis(1500),
             mtu_bytes_max: 8972,
             lane_queue_bytes: 2 << 20,
+            session_keep: Duration::from_secs(2),
+            version_max: PROTOCOL_VERSION,
         }
     }
 }

@@ -22,14 +22,17 @@
 //! ```
 //!
 //! Protocol versions:
-//! - 1: first.
+//! - 1: first. One connection; a stream for each lane, plain frames on it. The start of a
+//!   lane above is its.
+//! - 2: lanes over several connections ([`crate::lane::wire`]). Hello is as before, so that
+//!   both are understood.
 
-use super::Hello;
+use super::event::Hello;
 use crate::ids::{Generation, VmId};
 use quinn::{RecvStream, SendStream};
 
 /// Highest protocol version this build speaks.
-pub(super) const PROTOCOL_VERSION: u16 = 1;
+pub(super) const PROTOCOL_VERSION: u16 = 2;
 /// Lowest protocol version this build speaks.
 pub(super) const PROTOCOL_VERSION_MIN: u16 = 1;
 const _: () = assert!(PROTOCOL_VERSION_MIN <= PROTOCOL_VERSION);
@@ -49,12 +52,17 @@ pub(super) enum HelloError {
     Broken(String),
 }
 
-/// Send this side's hello.
-pub(super) async fn send(stream: &mut SendStream, me: &str, build: &str) -> Result<(), HelloError> {
+/// Send this side's hello. Offers the versions up to `version_max`.
+pub(super) async fn send(
+    stream: &mut SendStream,
+    me: &str,
+    build: &str,
+    version_max: u16,
+) -> Result<(), HelloError> {
     let mut out = Vec::with_capacity(HELLO_FIXED_BYTES + 2 * 255);
     out.extend_from_slice(&HELLO_MAGIC);
     out.extend_from_slice(&PROTOCOL_VERSION_MIN.to_le_bytes());
-    out.extend_from_slice(&PROTOCOL_VERSION.to_le_bytes());
+    out.extend_from_slice(&version_max.to_le_bytes());
     let (me, build) = (short(me), short(build));
     out.push(me.1);
     out.push(build.1);
@@ -79,16 +87,25 @@ fn short(text: &str) -> (&[u8], u8) {
 }
 
 /// Read the partner's hello and agree on a version.
-pub(super) async fn receive(stream: &mut RecvStream, expected: &str) -> Result<Hello, HelloError> {
+pub(super) async fn receive(
+    stream: &mut RecvStream,
+    expected: &str,
+    version_max: u16,
+) -> Result<Hello, HelloError> {
     let broken = |error: quinn::ReadExactError| HelloError::Broken(error.to_string());
     let mut fixed = [0; HELLO_FIXED_BYTES];
     stream.read_exact(&mut fixed).await.map_err(broken)?;
     let mut text = vec![0; usize::from(fixed[8]) + usize::from(fixed[9])];
     stream.read_exact(&mut text).await.map_err(broken)?;
-    parse(&fixed, &text, expected).map_err(HelloError::Refuse)
+    parse(&fixed, &text, expected, version_max).map_err(HelloError::Refuse)
 }
 
-fn parse(fixed: &[u8; HELLO_FIXED_BYTES], text: &[u8], expected: &str) -> Result<Hello, String> {
+fn parse(
+    fixed: &[u8; HELLO_FIXED_BYTES],
+    text: &[u8],
+    expected: &str,
+    version_max: u16,
+) -> Result<Hello, String> {
     if fixed[..4] != HELLO_MAGIC {
         return Err(
             "the peer does not speak pollux's protocol: check the link's address and port"
@@ -102,10 +119,10 @@ fn parse(fixed: &[u8; HELLO_FIXED_BYTES], text: &[u8], expected: &str) -> Result
     let (host, build) = text.split_at(usize::from(fixed[8]).min(text.len()));
     let host = String::from_utf8_lossy(host).into_owned();
     let build = String::from_utf8_lossy(build).into_owned();
-    let version = high.min(PROTOCOL_VERSION);
+    let version = high.min(version_max);
     if version < low.max(PROTOCOL_VERSION_MIN) {
         return Err(format!(
-            "no common protocol version: {host} (build {build}) speaks {low} to {high}, this host {PROTOCOL_VERSION_MIN} to {PROTOCOL_VERSION}; bring both hosts to the same pollux version"
+            "no common protocol version: {host} (build {build}) speaks {low} to {high}, this host {PROTOCOL_VERSION_MIN} to {version_max}; bring both hosts to the same pollux version"
         ));
     }
     if host != expected {
@@ -150,7 +167,7 @@ pub(super) fn parse_lane_start(bytes: &[u8; LANE_BYTES]) -> Result<(VmId, Genera
 /// Read a Hello and a version-1 lane's start of any content.
 pub(super) fn fuzz(data: &[u8]) {
     if let Some((fixed, text)) = data.split_first_chunk()
-        && let Ok(hello) = parse(fixed, text, "pollux-b")
+        && let Ok(hello) = parse(fixed, text, "pollux-b", PROTOCOL_VERSION)
     {
         assert!((PROTOCOL_VERSION_MIN..=PROTOCOL_VERSION).contains(&hello.version));
         assert_eq!(hello.host, "pollux-b");
@@ -173,7 +190,12 @@ mod tests {
         fixed[6..8].copy_from_slice(&high.to_le_bytes());
         fixed[8] = u8::try_from(host.len()).unwrap();
         fixed[9] = 2;
-        parse(&fixed, format!("{host}b1").as_bytes(), "pollux-b")
+        parse(
+            &fixed,
+            format!("{host}b1").as_bytes(),
+            "pollux-b",
+            PROTOCOL_VERSION,
+        )
     }
 
     #[test]
@@ -194,7 +216,7 @@ mod tests {
             error.contains("castor") && error.contains("pollux-b"),
             "{error}"
         );
-        assert!(parse(&[0; 10], b"", "x").is_err());
+        assert!(parse(&[0; 10], b"", "x", 2).is_err());
     }
 
     #[test]

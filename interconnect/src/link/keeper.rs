@@ -1,41 +1,49 @@
-//! Keeps one session up: dials or accepts, says hello, installs, tells of it.
+//! Keeps connections up on every link: dials or accepts, says hello, hands them to the
+//! session they belong to.
 //!
 //! ```text
-//!            dialler                                acceptor
-//!  link 0 -> link 1 -> ... -> pause -+      one task per link: accept
-//!    ^------------------------------ +            |
-//!    | established                                | established
-//!    v                                            v
-//!  hello -> [ slot: close the old one, wait for its Down ] -> Up -> run -> Down
+//!       each link, for ever                       version 2
+//!  dial or accept ─▶ hello ─┬──────────────▶ Join ─▶ session ─▶ until it ends ─▶ pause ─▶ again
+//!                           └─ version 1: one link at a time ─▶ plain session ─┘
 //! ```
 //!
-//! Who dials follows from the pinned fingerprints, so if one is wrong both sides may dial,
-//! or neither. For the news of it, and for nothing else, a side that accepts looks at its
+//! The side with the lower fingerprint dials. If a pin is wrong both sides may dial, or
+//! neither; for the news of it, and for nothing else, a side that accepts looks at its
 //! partner now and then while no session stands, and a side that dials answers such a look.
+//!
+//! A partner of version 1 takes a second connection for the end of the first, so until it
+//! is known to speak more, hello is said on one link at a time.
 
 use super::config::PairConfig;
 use super::drivers::OwnThread;
+use super::event::{LinkEvent, SessionId};
 use super::hello::{self, HelloError};
-use super::session::{
-    CODE_DONE, CODE_PROTOCOL, CODE_REFUSED, Established, Lanes, Session, heartbeat_key,
+use super::join::Association;
+use super::keys::{Keys, Role};
+use super::lanes::Lanes;
+use super::plain::{
+    CODE_DONE, CODE_PROTOCOL, CODE_REFUSED, Established, PlainSession, heartbeat_key,
 };
-use super::{LinkEvent, SessionId};
-use quinn::{Connection, ConnectionError, Endpoint, VarInt};
-use std::sync::atomic::{AtomicU64, Ordering};
+use super::stats::{LinkState, LinkStats};
+use quinn::{Connection, ConnectionError, Endpoint, TransportConfig, VarInt};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
-/// First pause between two rounds of dialling: a partner whose daemon restarts is
-/// back in some 10 ms.
+/// First pause between two attempts on a link: a partner whose daemon restarts is back in
+/// some 10 ms.
 const REDIAL_MIN: Duration = Duration::from_millis(20);
-/// Longest pause: a dead partner costs four small packets a second.
+/// Longest pause: a dead partner costs four small packets a second on each link.
 const REDIAL_MAX: Duration = Duration::from_millis(250);
-/// Time for handshake and hello on one link before the next link is tried. The
-/// handshake is two round trips and two signatures; a host that needs longer for
-/// it cannot mirror either.
-const ESTABLISH_TIMEOUT: Duration = Duration::from_millis(500);
+/// Time for handshake and hello on one link. The handshake is two round trips and two
+/// signatures; a host that needs longer for it cannot mirror either.
+pub(super) const ESTABLISH_TIMEOUT: Duration = Duration::from_millis(500);
+/// Head start of each link before the next one when a partner is dialled first: with one of
+/// version 1, the best link that answers is the one that is used.
+const HEAD_START: Duration = Duration::from_millis(20);
 /// How often the side that accepts looks at its partner while no session stands: soon for
 /// a person, and next to nothing for a partner that is dead.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -47,17 +55,43 @@ const HANDSHAKES_MAX: usize = 4;
 /// What this build calls itself.
 const BUILD: &str = concat!("pollux ", env!("CARGO_PKG_VERSION"));
 
+/// An endpoint on a link, and how its connections are set up.
+pub(super) struct LinkEndpoint {
+    pub(super) endpoint: Endpoint,
+    pub(super) transport: Arc<TransportConfig>,
+}
+
+/// How a link stands, beyond what its connection knows.
+struct LinkInfo {
+    state: LinkState,
+    since: Instant,
+    connection: Option<Connection>,
+    flaps: u64,
+    last_error: Option<String>,
+}
+
 /// What the tasks of one interconnect share.
 pub(super) struct Shared {
     pub(super) config: PairConfig,
-    runtime: Handle,
+    pub(super) runtime: Handle,
     /// Ends with the last task that holds this.
     _thread: OwnThread,
-    events: mpsc::Sender<LinkEvent>,
+    pub(super) events: mpsc::Sender<LinkEvent>,
+    pub(super) endpoints: Vec<LinkEndpoint>,
+    keys: Mutex<Keys>,
+    links: Vec<Mutex<LinkInfo>>,
     current: Mutex<Option<Arc<dyn Lanes>>>,
     /// Held from `Up` to `Down`: sessions never overlap for the product.
-    slot: tokio::sync::Mutex<()>,
+    pub(super) slot: tokio::sync::Mutex<()>,
+    /// The session that connections join; the lock orders Joins.
+    pub(super) association: tokio::sync::Mutex<Association>,
+    /// Held while hello is said, or a plain session stands, with a partner not known to
+    /// speak version 2.
+    first: tokio::sync::Mutex<()>,
+    /// Whether the partner spoke version 2 last.
+    speaks_lanes: AtomicBool,
     sessions: AtomicU64,
+    connections: AtomicU64,
     last_error: Mutex<Option<String>>,
     /// The refusal told last, until a session stands.
     last_refusal: Mutex<Option<String>>,
@@ -70,7 +104,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Why no session came of an attempt.
-enum Failed {
+pub(super) enum Failed {
     /// Somebody has to act.
     Refused(String),
     /// Trying again may help.
@@ -112,18 +146,36 @@ impl From<ConnectionError> for Failed {
 impl Shared {
     pub(super) fn new(
         config: PairConfig,
+        keys: Keys,
+        endpoints: Vec<LinkEndpoint>,
         events: mpsc::Sender<LinkEvent>,
         runtime: Handle,
         thread: OwnThread,
     ) -> Arc<Self> {
+        let info = || {
+            Mutex::new(LinkInfo {
+                state: LinkState::Down,
+                since: Instant::now(),
+                connection: None,
+                flaps: 0,
+                last_error: None,
+            })
+        };
         Arc::new(Self {
+            links: endpoints.iter().map(|_| info()).collect(),
             config,
             _thread: thread,
             runtime,
             events,
+            endpoints,
+            keys: Mutex::new(keys),
             current: Mutex::new(None),
             slot: tokio::sync::Mutex::new(()),
+            association: tokio::sync::Mutex::default(),
+            first: tokio::sync::Mutex::new(()),
+            speaks_lanes: AtomicBool::new(false),
             sessions: AtomicU64::new(0),
+            connections: AtomicU64::new(0),
             last_error: Mutex::new(None),
             last_refusal: Mutex::new(None),
             stop: watch::Sender::new(false),
@@ -136,6 +188,129 @@ impl Shared {
 
     pub(super) fn last_error(&self) -> Option<String> {
         lock(&self.last_error).clone()
+    }
+
+    fn keys(&self) -> Keys {
+        lock(&self.keys).clone()
+    }
+
+    /// Change who this host is or whom it accepts; new connections use it.
+    pub(super) fn change_keys(&self, change: impl FnOnce(&mut Keys)) {
+        let keys = {
+            let mut keys = lock(&self.keys);
+            change(&mut keys);
+            keys.clone()
+        };
+        for LinkEndpoint {
+            endpoint,
+            transport,
+        } in &self.endpoints
+        {
+            match keys.server(transport) {
+                Ok(server) => endpoint.set_server_config(Some(server)),
+                Err(reason) => tracing::error!("cannot set up TLS with the new keys: {reason}"),
+            }
+        }
+    }
+
+    /// What carries the product's lanes from now on.
+    pub(super) fn stands(&self, lanes: Option<Arc<dyn Lanes>>) {
+        if lanes.is_some() {
+            *lock(&self.last_refusal) = None;
+        }
+        let stopping = *self.stop.borrow();
+        if let Some(lanes) = lanes.as_ref().filter(|_| stopping) {
+            lanes.close(CODE_DONE, "the partner stops");
+        }
+        *lock(&self.current) = lanes;
+    }
+
+    pub(super) fn session_ended(&self, reason: &str) {
+        *lock(&self.last_error) = Some(reason.to_owned());
+    }
+
+    pub(super) fn next_session(&self) -> SessionId {
+        SessionId(self.sessions.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    pub(super) fn next_connection(&self) -> u64 {
+        self.connections.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Local and partner's address of a link.
+    pub(super) fn path(&self, link: usize, connection: &Connection) -> (SocketAddr, SocketAddr) {
+        let remote = connection.remote_address();
+        let bound = self
+            .endpoints
+            .get(link)
+            .and_then(|link| link.endpoint.local_addr().ok());
+        let mut local = bound.unwrap_or(remote);
+        if local.ip().is_unspecified()
+            && let Some(ip) = connection.local_ip()
+        {
+            local.set_ip(ip);
+        }
+        (local, remote)
+    }
+
+    pub(super) fn link_stands(&self, link: usize, connection: &Connection) {
+        if let Some(info) = self.links.get(link) {
+            let mut info = lock(info);
+            info.state = LinkState::Up;
+            info.since = Instant::now();
+            info.connection = Some(connection.clone());
+        }
+    }
+
+    pub(super) fn link_fell(&self, link: usize, connection: &Connection, reason: &str) {
+        if let Some(info) = self.links.get(link) {
+            let mut info = lock(info);
+            let is_this = info
+                .connection
+                .as_ref()
+                .is_some_and(|current| current.stable_id() == connection.stable_id());
+            if is_this {
+                info.state = LinkState::Down;
+                info.since = Instant::now();
+                info.connection = None;
+            }
+            info.flaps += 1;
+            info.last_error = Some(reason.to_owned());
+        }
+    }
+
+    /// Close the connection that stands on a link; another is made at once.
+    pub(super) fn redial(&self, link: usize) {
+        let connection = self
+            .links
+            .get(link)
+            .and_then(|info| lock(info).connection.clone());
+        if let Some(connection) = connection {
+            connection.close(VarInt::from_u32(super::plain::CODE_LINK), b"dialled anew");
+        }
+    }
+
+    /// Figures of the links as their connections have them.
+    pub(super) fn link_stats(&self) -> Vec<LinkStats> {
+        self.links
+            .iter()
+            .enumerate()
+            .map(|(link, info)| {
+                let info = lock(info);
+                let mut stats = LinkStats {
+                    state: info.state,
+                    since: info.since.elapsed(),
+                    flaps: info.flaps,
+                    last_error: info.last_error.clone(),
+                    ..LinkStats::default()
+                };
+                if let Some(connection) = &info.connection {
+                    stats.path = Some(self.path(link, connection));
+                    stats.read(connection);
+                }
+                stats
+            })
+            .collect()
     }
 
     /// End everything; the tasks finish by themselves.
@@ -151,16 +326,17 @@ impl Shared {
         let _ = self.stop.subscribe().wait_for(|stop| *stop).await;
     }
 
-    async fn tell_failed(&self, failed: Failed) {
-        match failed {
-            Failed::Broken(reason) => *lock(&self.last_error) = Some(reason),
-            Failed::Refused(reason) => {
-                *lock(&self.last_error) = Some(reason.clone());
-                let told = lock(&self.last_refusal).replace(reason.clone());
-                if told.as_ref() != Some(&reason) {
-                    tracing::warn!(peer = %self.config.peer, "no session: {reason}");
-                    let _ = self.events.send(LinkEvent::Refused { reason }).await;
-                }
+    async fn tell_failed(&self, link: usize, failed: Failed) {
+        let (Failed::Broken(reason) | Failed::Refused(reason)) = &failed;
+        *lock(&self.last_error) = Some(reason.clone());
+        if let Some(info) = self.links.get(link) {
+            lock(info).last_error = Some(reason.clone());
+        }
+        if let Failed::Refused(reason) = failed {
+            let told = lock(&self.last_refusal).replace(reason.clone());
+            if told.as_ref() != Some(&reason) {
+                tracing::warn!(peer = %self.config.peer, "no session: {reason}");
+                let _ = self.events.send(LinkEvent::Refused { reason }).await;
             }
         }
     }
@@ -172,17 +348,19 @@ impl Shared {
         link: usize,
         dialled: bool,
     ) -> Result<Established, Failed> {
+        let version_max = self.version_max();
+        let me = &self.config.me;
         let greeting = async {
             let (mut send, mut receive) = if dialled {
                 let (mut send, receive) = connection.open_bi().await?;
-                hello::send(&mut send, &self.config.me, BUILD).await?;
+                hello::send(&mut send, me, BUILD, version_max).await?;
                 (send, receive)
             } else {
                 connection.accept_bi().await?
             };
-            let hello = hello::receive(&mut receive, &self.config.peer).await?;
+            let hello = hello::receive(&mut receive, &self.config.peer, version_max).await?;
             if !dialled {
-                hello::send(&mut send, &self.config.me, BUILD).await?;
+                hello::send(&mut send, me, BUILD, version_max).await?;
             }
             Ok::<_, Failed>(Established {
                 connection: connection.clone(),
@@ -204,179 +382,214 @@ impl Shared {
         })
     }
 
-    /// Make this the session, after the one before it; returns when it is over.
-    async fn hold(&self, established: Established, dialled: bool) {
+    fn version_max(&self) -> u16 {
+        self.config
+            .settings
+            .version_max
+            .clamp(hello::PROTOCOL_VERSION_MIN, hello::PROTOCOL_VERSION)
+    }
+
+    /// Make this the session with a partner of version 1, after the one before it; returns
+    /// when it is over.
+    async fn hold(&self, established: Established, dialled: bool) -> Result<(), Failed> {
         if let Some(old) = self.current() {
             old.close(CODE_DONE, "replaced by a newer session");
         }
+        self.association
+            .lock()
+            .await
+            .end("the partner runs an older version now");
         let slot = self.slot.lock().await;
-        let key = match heartbeat_key(&established.connection, dialled) {
-            Ok(key) => key,
-            Err(reason) => {
-                established
-                    .connection
-                    .close(VarInt::from_u32(CODE_PROTOCOL), reason.as_bytes());
-                return self.tell_failed(Failed::Broken(reason)).await;
-            }
-        };
-        let id = SessionId(self.sessions.fetch_add(1, Ordering::Relaxed) + 1);
-        let session = Session::new(id, &established, self.runtime.clone());
-        *lock(&self.current) = Some(Arc::clone(&session) as Arc<dyn Lanes>);
-        *lock(&self.last_refusal) = None;
-        if *self.stop.borrow() {
-            session.close(CODE_DONE, "the partner stops");
-        }
+        let connection = established.connection.clone();
+        let key = heartbeat_key(&connection, dialled).map_err(|reason| {
+            connection.close(VarInt::from_u32(CODE_PROTOCOL), reason.as_bytes());
+            Failed::Broken(reason)
+        })?;
+        let id = self.next_session();
+        let session = PlainSession::new(id, &established, self.runtime.clone());
         let Established {
+            link,
             send,
             receive,
             hello,
             ..
         } = established;
-        tracing::info!(peer = %hello.host, build = %hello.build, session = id.0, "interconnect up");
-        let _ = self
-            .events
-            .send(LinkEvent::Up {
-                session: id,
-                peer: hello,
-                heartbeat_key: key,
-            })
-            .await;
+        self.link_stands(link, &connection);
+        self.stands(Some(Arc::clone(&session) as Arc<dyn Lanes>));
+        tracing::info!(peer = %hello.host, build = %hello.build, session = id.0, link, "interconnect up with protocol version 1");
+        let up = LinkEvent::Up {
+            session: id,
+            peer: hello,
+            heartbeat_key: key,
+        };
+        let link_up = LinkEvent::LinkUp {
+            session: id,
+            link,
+            path: self.path(link, &connection),
+        };
+        let _ = self.events.send(up).await;
+        let _ = self.events.send(link_up).await;
         let reason = session
             .run(send, receive, self.config.on_ack.clone(), &self.events)
             .await;
-        *lock(&self.current) = None;
-        *lock(&self.last_error) = Some(reason.clone());
+        self.stands(None);
+        self.link_fell(link, &connection, &reason);
+        self.session_ended(&reason);
         tracing::info!(peer = %self.config.peer, session = id.0, "interconnect down: {reason}");
-        let _ = self
-            .events
-            .send(LinkEvent::Down {
-                session: id,
-                reason,
-            })
-            .await;
-        drop(slot);
-    }
-
-    async fn dial(
-        &self,
-        endpoint: &(Endpoint, quinn::ClientConfig),
-        link: usize,
-    ) -> Result<Established, Failed> {
-        let peer = self.config.links[link].peer;
-        let attempt = async {
-            // The name is not looked at: the partner is known by its fingerprint.
-            let connecting = endpoint
-                .0
-                .connect_with(endpoint.1.clone(), peer, "pollux")
-                .map_err(|error| Failed::Broken(format!("cannot dial {peer}: {error}")))?;
-            self.greet(connecting.await?, link, true).await
+        let link_down = LinkEvent::LinkDown {
+            session: id,
+            link,
+            reason: reason.clone(),
         };
-        tokio::time::timeout(ESTABLISH_TIMEOUT, attempt)
-            .await
-            .unwrap_or_else(|_| {
-                Err(Failed::Broken(format!(
-                    "{peer} did not answer within {} ms",
-                    ESTABLISH_TIMEOUT.as_millis()
-                )))
-            })
+        let down = LinkEvent::Down {
+            session: id,
+            reason,
+        };
+        let _ = self.events.send(link_down).await;
+        let _ = self.events.send(down).await;
+        drop(slot);
+        Ok(())
     }
 
-    async fn dial_for_ever(&self, endpoints: &[(Endpoint, quinn::ClientConfig)]) {
+    /// A handshake with the partner at a link.
+    async fn connect(&self, link: usize) -> Result<(Connection, Role), Failed> {
+        let LinkEndpoint {
+            endpoint,
+            transport,
+        } = &self.endpoints[link];
+        let peer = self.config.links[link].peer;
+        let keys = self.keys();
+        let client = keys.client(transport).map_err(Failed::Broken)?;
+        // The name is not looked at: the partner is known by its fingerprint.
+        let connecting = endpoint
+            .connect_with(client, peer, "pollux")
+            .map_err(|error| Failed::Broken(format!("cannot dial {peer}: {error}")))?;
+        let connection = timely(connecting, || {
+            format!(
+                "{peer} did not answer within {} ms",
+                ESTABLISH_TIMEOUT.as_millis()
+            )
+        })
+        .await??;
+        let role = keys.role(&connection);
+        Ok((connection, role))
+    }
+
+    /// One connection on a link, from the handshake to its end.
+    async fn dial(self: &Arc<Self>, link: usize) -> Result<(), Failed> {
+        // With a partner of version 1: while another link is in use, this one waits.
+        if !self.speaks_lanes.load(Ordering::Relaxed) {
+            drop(self.first.lock().await);
+        }
+        let (connection, role) = self.connect(link).await?;
+        if role == Role::Accepts {
+            connection.close(VarInt::from_u32(CODE_DONE), b"the other side dials");
+            return Ok(());
+        }
+        let first = if self.speaks_lanes.load(Ordering::Relaxed) {
+            None
+        } else {
+            let Ok(first) = self.first.try_lock() else {
+                connection.close(VarInt::from_u32(CODE_DONE), b"another link is first");
+                return Ok(());
+            };
+            Some(first)
+        };
+        let greeting = self.greet(connection, link, true);
+        let late = || {
+            let peer = self.config.links[link].peer;
+            format!("{peer} did not say hello in time")
+        };
+        let established = timely(greeting, late).await??;
+        if established.hello.version >= 2 {
+            self.speaks_lanes.store(true, Ordering::Relaxed);
+            let connection = established.connection.clone();
+            timely(self.join(established), late).await??;
+            drop(first);
+            connection.closed().await;
+            return Ok(());
+        }
+        self.speaks_lanes.store(false, Ordering::Relaxed);
+        if first.is_none() {
+            // It spoke version 2 a moment ago: start over, one link at a time.
+            let connection = established.connection;
+            connection.close(VarInt::from_u32(CODE_DONE), b"another link is first");
+            return Ok(());
+        }
+        self.hold(established, true).await
+    }
+
+    async fn dial_for_ever(self: Arc<Self>, link: usize) {
+        tokio::time::sleep(HEAD_START * u32::try_from(link).unwrap_or(0)).await;
         let mut pause = REDIAL_MIN;
         loop {
-            for (link, endpoint) in endpoints.iter().enumerate() {
-                match self.dial(endpoint, link).await {
-                    Ok(established) => {
-                        self.hold(established, true).await;
-                        pause = REDIAL_MIN;
-                        break;
-                    }
-                    Err(failed) => self.tell_failed(failed).await,
+            if self.keys().may_dial() {
+                let began = Instant::now();
+                if let Err(failed) = self.dial(link).await {
+                    self.tell_failed(link, failed).await;
+                }
+                // It stood for a while: whatever ended it, dial at once.
+                if began.elapsed() > ESTABLISH_TIMEOUT * 2 {
+                    pause = REDIAL_MIN;
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(REDIAL_MAX);
+            } else {
+                tokio::time::sleep(LOOK_EVERY).await;
+                if self.current().is_none() {
+                    self.look(link).await;
                 }
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(REDIAL_MAX);
         }
-    }
-
-    async fn accept(&self, incoming: quinn::Incoming, link: usize) -> Result<Established, Failed> {
-        let from = incoming.remote_address();
-        let attempt = async { self.greet(incoming.await?, link, false).await };
-        tokio::time::timeout(ESTABLISH_TIMEOUT, attempt)
-            .await
-            .unwrap_or_else(|_| {
-                Err(Failed::Broken(format!(
-                    "{from} did not finish its handshake"
-                )))
-            })
     }
 
     /// Find out whether the two sides are who they are pinned as: a handshake and no more.
-    async fn look(&self, endpoint: &(Endpoint, quinn::ClientConfig), link: usize) {
-        let peer = self.config.links[link].peer;
-        let handshake = async {
-            let connecting = endpoint
-                .0
-                .connect_with(endpoint.1.clone(), peer, "pollux")
-                .ok()?;
-            match connecting.await {
-                Ok(connection) => {
-                    // TLS 1.3 is done here before the partner has judged this side.
-                    let verdict = tokio::time::timeout(VERDICT_WAIT, connection.closed()).await;
-                    connection.close(VarInt::from_u32(CODE_DONE), b"only looked");
-                    verdict.ok()
-                }
-                Err(error) => Some(error),
+    async fn look(&self, link: usize) {
+        let seen = match self.connect(link).await {
+            Ok((connection, _)) => {
+                // TLS 1.3 is done here before the partner has judged this side.
+                let verdict = tokio::time::timeout(VERDICT_WAIT, connection.closed()).await;
+                connection.close(VarInt::from_u32(CODE_DONE), b"only looked");
+                verdict.map_or(Ok(()), |error| Err(Failed::from(error)))
             }
+            Err(failed) => Err(failed),
         };
-        if let Ok(Some(error)) = tokio::time::timeout(ESTABLISH_TIMEOUT, handshake).await
-            && let refused @ Failed::Refused(_) = Failed::from(error)
-        {
-            self.tell_failed(refused).await;
+        if let Err(refused @ Failed::Refused(_)) = seen {
+            self.tell_failed(link, refused).await;
         }
     }
 
-    async fn look_for_ever(&self, endpoints: &[(Endpoint, quinn::ClientConfig)]) {
-        loop {
-            tokio::time::sleep(LOOK_EVERY).await;
-            for (link, endpoint) in endpoints.iter().enumerate() {
-                if self.current().is_none() {
-                    self.look(endpoint, link).await;
-                }
-            }
+    async fn accept(
+        self: &Arc<Self>,
+        incoming: quinn::Incoming,
+        link: usize,
+    ) -> Result<(), Failed> {
+        let from = incoming.remote_address();
+        let late = || format!("{from} did not finish its handshake");
+        let keys = self.keys();
+        let connection = timely(async { incoming.await }, late).await??;
+        if keys.role(&connection) == Role::Dials {
+            connection.close(VarInt::from_u32(CODE_DONE), b"this side dials");
+            return Ok(());
         }
-    }
-
-    /// Answer looks on the side that dials: whoever may connect is sent away again.
-    async fn answer_looks(self: Arc<Self>, endpoint: Endpoint) {
-        let handshakes = Arc::new(tokio::sync::Semaphore::new(HANDSHAKES_MAX));
-        while let Some(incoming) = endpoint.accept().await {
-            let Ok(permit) = Arc::clone(&handshakes).try_acquire_owned() else {
-                incoming.ignore();
-                continue;
-            };
-            let shared = Arc::clone(&self);
-            self.runtime.spawn(async move {
-                let seen = tokio::time::timeout(ESTABLISH_TIMEOUT, async { incoming.await }).await;
-                drop(permit);
-                match seen {
-                    Ok(Ok(connection)) => {
-                        connection.close(VarInt::from_u32(CODE_DONE), b"this side dials");
-                    }
-                    Ok(Err(error)) => {
-                        if let refused @ Failed::Refused(_) = Failed::from(error) {
-                            shared.tell_failed(refused).await;
-                        }
-                    }
-                    Err(_) => {}
+        let established = timely(self.greet(connection, link, false), late).await??;
+        if established.hello.version >= 2 {
+            timely(self.joined(established), late).await?
+        } else {
+            let (shared, runtime) = (Arc::clone(self), self.runtime.clone());
+            // Not within the handshake's limits: it stands for as long as it likes.
+            runtime.spawn(async move {
+                if let Err(failed) = shared.hold(established, false).await {
+                    shared.tell_failed(link, failed).await;
                 }
             });
+            Ok(())
         }
     }
 
-    async fn accept_for_ever(self: Arc<Self>, endpoint: Endpoint, link: usize) {
+    async fn accept_for_ever(self: Arc<Self>, link: usize) {
         let handshakes = Arc::new(tokio::sync::Semaphore::new(HANDSHAKES_MAX));
-        while let Some(incoming) = endpoint.accept().await {
+        while let Some(incoming) = self.endpoints[link].endpoint.accept().await {
             let Ok(permit) = Arc::clone(&handshakes).try_acquire_owned() else {
                 incoming.ignore();
                 continue;
@@ -385,47 +598,44 @@ impl Shared {
             self.runtime.spawn(async move {
                 let accepted = shared.accept(incoming, link).await;
                 drop(permit);
-                match accepted {
-                    Ok(established) => shared.hold(established, false).await,
-                    Err(failed) => shared.tell_failed(failed).await,
+                if let Err(failed) = accepted {
+                    shared.tell_failed(link, failed).await;
                 }
             });
         }
     }
 }
 
-/// Start the tasks that keep a session up until [`Shared::stop`].
-pub(super) fn keep(shared: &Arc<Shared>, endpoints: Vec<(Endpoint, quinn::ClientConfig)>) {
-    let dials = shared.config.identity.fingerprint() < shared.config.peer_fingerprint;
+/// Within the time a connection may take to stand.
+async fn timely<T>(
+    attempt: impl Future<Output = T>,
+    late: impl FnOnce() -> String,
+) -> Result<T, Failed> {
+    tokio::time::timeout(ESTABLISH_TIMEOUT, attempt)
+        .await
+        .map_err(|_| Failed::Broken(late()))
+}
+
+/// Start the tasks that keep connections up until [`Shared::stop`].
+pub(super) fn keep(shared: &Arc<Shared>) {
     let shared = Arc::clone(shared);
     let runtime = shared.runtime.clone();
     runtime.spawn(async move {
-        if dials {
-            for (endpoint, _) in &endpoints {
-                shared
-                    .runtime
-                    .spawn(Arc::clone(&shared).answer_looks(endpoint.clone()));
-            }
-            tokio::select! {
-                () = shared.dial_for_ever(&endpoints) => {}
-                () = shared.stopped() => {}
-            }
-        } else {
-            for (link, (endpoint, _)) in endpoints.iter().enumerate() {
-                shared
-                    .runtime
-                    .spawn(Arc::clone(&shared).accept_for_ever(endpoint.clone(), link));
-            }
-            tokio::select! {
-                () = shared.look_for_ever(&endpoints) => {}
-                () = shared.stopped() => {}
-            }
+        let mut dialling = tokio::task::JoinSet::new();
+        for link in 0..shared.endpoints.len() {
+            shared
+                .runtime
+                .spawn(Arc::clone(&shared).accept_for_ever(link));
+            dialling.spawn(Arc::clone(&shared).dial_for_ever(link));
         }
-        for (endpoint, _) in &endpoints {
+        shared.stopped().await;
+        dialling.shutdown().await;
+        shared.association.lock().await.end("the partner stops");
+        for LinkEndpoint { endpoint, .. } in &shared.endpoints {
             endpoint.close(VarInt::from_u32(CODE_DONE), b"the partner stops");
         }
         // Let the close reach the partner, so that it need not wait for the idle time.
-        for (endpoint, _) in &endpoints {
+        for LinkEndpoint { endpoint, .. } in &shared.endpoints {
             let _ = tokio::time::timeout(ESTABLISH_TIMEOUT, endpoint.wait_idle()).await;
         }
     });

@@ -1,9 +1,16 @@
 //! The interconnect to one partner: keeps a session up, carries lanes over it.
 //!
-//! One QUIC connection at a time (a session), on the first link of the pair that
-//! works. The side with the lower fingerprint dials, for ever; the other accepts.
-//! A newer session replaces an older one: only the side that dials makes one, and
-//! it does so only when it believes the old one dead.
+//! Every link of the pair has its own QUIC connection, dialled for ever by the side with
+//! the lower fingerprint. A **session** is an association of two running processes over all
+//! of them; it outlives single connections, and for a moment the loss of all. Its **lanes**
+//! are ordered, reliable streams of frames over whatever links stand ([`crate::lane`]).
+//!
+//! ```text
+//!  product ─▶ lanes ─▶ session ─▶ outgoing ─▶ member (one connection) ─▶ QUIC
+//!  product ◀─ events ◀─ session ◀─ incoming ◀─ member ◀─ QUIC
+//!                        ▲ join ◀─ keeper: dial, accept, hello, for ever on every link
+//!                        plain: the same for a partner of protocol version 1
+//! ```
 //!
 //! What this must never do: talk to another identity than the pinned one, block a
 //! caller of [`Interconnect::control`], or let a caller take a frame for delivered:
@@ -13,8 +20,16 @@ mod capacity;
 mod config;
 mod congestion;
 mod drivers;
+mod event;
 mod hello;
+mod incoming;
+mod join;
 mod keeper;
+mod keys;
+mod lanes;
+mod member;
+mod outgoing;
+mod plain;
 mod queue;
 mod session;
 mod socket;
@@ -22,132 +37,25 @@ mod stats;
 mod transport;
 
 pub use config::{LinkAddr, LinkSettings, OnAck, PairConfig, StartError};
-pub use session::EpochLane;
+pub use event::{Hello, LinkEvent, SendError, SessionId};
+pub use lanes::{EpochLane, IoEvent, IoLane, IoSender, IoTicket};
 pub use stats::{LaneKind, LanePressure, LaneStats, LinkState, LinkStats, PairStats};
 
-use keeper::Shared;
-use queue::PushError;
-use session::Lanes;
-use std::sync::Arc;
-
-use crate::frame::{Frame, FrameError};
-use crate::heartbeat::HeartbeatKey;
+use crate::frame::Frame;
+use crate::identity::{Fingerprint, Identity};
 use crate::ids::{Generation, VmId};
+use event::{check_size, check_version};
+use keeper::{LinkEndpoint, Shared};
+use keys::Keys;
+use lanes::Lanes;
+use queue::PushError;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use tokio::sync::mpsc;
-
-/// Number of a session (an established QUIC connection); counts up from 1.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct SessionId(pub u64);
-
-/// What the partner said of itself when the session came up.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Hello {
-    /// The partner's host name.
-    pub host: String,
-    /// Its build, for people.
-    pub build: String,
-    /// The protocol version both sides speak.
-    pub version: u16,
-}
-
-/// What happens on the interconnect.
-#[derive(Debug)]
-pub enum LinkEvent {
-    /// A session stands.
-    Up {
-        /// Its number.
-        session: SessionId,
-        /// The partner.
-        peer: Hello,
-        /// For [`crate::heartbeat::Heartbeat::set_key`].
-        heartbeat_key: HeartbeatKey,
-    },
-    /// The session is gone; all its lanes with it. Comes exactly once for each `Up`.
-    Down {
-        /// Its number.
-        session: SessionId,
-        /// Why, in plain words.
-        reason: String,
-    },
-    /// A frame from the control lane, in order.
-    Control {
-        /// The session it came on.
-        session: SessionId,
-        /// The frame.
-        frame: Frame,
-    },
-    /// The partner opened an epoch lane.
-    EpochLane {
-        /// The VM.
-        vm: VmId,
-        /// Its generation at the partner.
-        generation: Generation,
-        /// The session it belongs to.
-        session: SessionId,
-        /// The frames, in order; ends when the lane does. Bounded: while nobody
-        /// reads, the sender is slowed. Read it with `blocking_recv` from a thread.
-        rx: mpsc::Receiver<Frame>,
-    },
-    /// A session could not be made, and trying again will not help until somebody
-    /// acts (wrong identity, wrong host, no common version). Told once per reason;
-    /// redialling goes on.
-    Refused {
-        /// Why, and what to do.
-        reason: String,
-    },
-}
-
-/// A frame that was not sent.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum SendError {
-    /// There is no session.
-    #[error("the interconnect to {peer} is down: wait for the session to come up again")]
-    Down {
-        /// The partner.
-        peer: String,
-    },
-    /// The session of this lane is gone.
-    #[error("the epoch lane is gone with its session: open a new one when the interconnect is up")]
-    LaneGone,
-    /// The queue is at its limit.
-    #[error(
-        "the queue to {peer} is full ({queued_bytes} bytes): the partner or the link is too slow"
-    )]
-    Full {
-        /// The partner.
-        peer: String,
-        /// Bytes waiting.
-        queued_bytes: usize,
-    },
-    /// Not a frame that may be sent here.
-    #[error(transparent)]
-    Frame(#[from] FrameError),
-    /// A kind that does not belong on this lane.
-    #[error("{0:?} frames do not go on this lane")]
-    Kind(crate::frame::FrameKind),
-}
 
 /// Events that may wait for the product. Control frames behind them hold the
 /// partner by flow control.
 const EVENTS_MAX: usize = 256;
-
-/// Refuse what the partner would refuse, before it is queued.
-fn check_size(frame: &Frame) -> Result<(), SendError> {
-    let (kind, bytes, max) = (
-        frame.kind,
-        frame.payload.len(),
-        frame.kind.payload_bytes_max(),
-    );
-    if kind == crate::frame::FrameKind::Invalid {
-        return Err(FrameError::Kind(0).into());
-    }
-    if bytes > max {
-        return Err(FrameError::TooBig { kind, bytes, max }.into());
-    }
-    Ok(())
-}
 
 /// The interconnect to one partner. Cheap to clone; the last one dropped closes it.
 #[derive(Clone)]
@@ -190,6 +98,12 @@ impl Interconnect {
         if config.links.is_empty() {
             return Err(StartError::NoLink { peer: config.peer });
         }
+        if config.links.len() > crate::lane::LINKS_MAX {
+            return Err(StartError::TooManyLinks {
+                links: config.links.len(),
+                peer: config.peer,
+            });
+        }
         let fingerprint = config.peer_fingerprint;
         if config.identity.fingerprint() == fingerprint {
             return Err(StartError::OwnFingerprint {
@@ -202,18 +116,26 @@ impl Interconnect {
         let (runtime, thread) = own.map_err(StartError::Thread)?;
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let entered = runtime.enter();
+        let keys = Keys {
+            identity: Arc::clone(&config.identity),
+            pins: vec![fingerprint],
+        };
         let mut endpoints = Vec::with_capacity(config.links.len());
         for link in 0..config.links.len() {
-            endpoints.push(transport::endpoint(&config, link)?);
+            let (endpoint, transport) = transport::endpoint(&config, &keys, link)?;
+            endpoints.push(LinkEndpoint {
+                endpoint,
+                transport,
+            });
         }
         drop(entered);
         let local_addrs = endpoints
             .iter()
             .zip(&config.links)
-            .map(|((endpoint, _), link)| endpoint.local_addr().unwrap_or(link.local))
+            .map(|(link, config)| link.endpoint.local_addr().unwrap_or(config.local))
             .collect();
-        let shared = Shared::new(config, events, runtime, thread);
-        keeper::keep(&shared, endpoints);
+        let shared = Shared::new(config, keys, endpoints, events, runtime, thread);
+        keeper::keep(&shared);
         Ok((
             Self {
                 inner: Arc::new(Inner {
@@ -241,11 +163,13 @@ impl Interconnect {
             return Err(SendError::Kind(frame.kind));
         }
         check_size(&frame)?;
-        let peer = || self.inner.shared.config.peer.clone();
-        self.lanes()?.control(frame).map_err(|error| match error {
-            PushError::Closed => SendError::Down { peer: peer() },
+        let peer = &self.inner.shared.config.peer;
+        let lanes = self.lanes()?;
+        check_version(frame.kind, lanes.version(), peer)?;
+        lanes.control(frame).map_err(|error| match error {
+            PushError::Closed => SendError::Down { peer: peer.clone() },
             PushError::Full(queued_bytes) => SendError::Full {
-                peer: peer(),
+                peer: peer.clone(),
                 queued_bytes,
             },
         })
@@ -264,6 +188,36 @@ impl Interconnect {
         Ok(self.lanes()?.open_epoch_lane(vm, generation, queue_bytes))
     }
 
+    /// Open an I/O lane on the session that stands; the partner is told with
+    /// [`LinkEvent::IoLane`].
+    ///
+    /// # Errors
+    /// [`SendError::Down`], [`SendError::Version`].
+    pub fn open_io_lane(&self, vm: VmId, generation: Generation) -> Result<IoLane, SendError> {
+        self.lanes()?.open_io_lane(vm, generation)
+    }
+
+    /// Be another identity for connections made from now on; those that stand stay until
+    /// [`Interconnect::redial`].
+    pub fn set_identity(&self, identity: Arc<Identity>) {
+        self.inner
+            .shared
+            .change_keys(|keys| keys.identity = identity);
+    }
+
+    /// Accept these identities, and no others, on connections made from now on; those that
+    /// stand stay until [`Interconnect::redial`].
+    pub fn set_pins(&self, pins: Vec<Fingerprint>) {
+        self.inner.shared.change_keys(|keys| keys.pins = pins);
+    }
+
+    /// End the connection of this link (index in [`PairConfig::links`]) and make a new one.
+    /// The session goes on over the other links; with a single one it waits
+    /// [`LinkSettings::session_keep`] for the new connection.
+    pub fn redial(&self, link: usize) {
+        self.inner.shared.redial(link);
+    }
+
     /// End that session if it still stands (the partner sent nonsense); a new one is
     /// made.
     pub fn drop_session(&self, session: SessionId, reason: &str) {
@@ -273,7 +227,7 @@ impl Interconnect {
             .current()
             .filter(|lanes| lanes.id() == session)
         {
-            lanes.close(session::CODE_PROTOCOL, reason);
+            lanes.close(plain::CODE_PROTOCOL, reason);
         }
     }
 
@@ -288,24 +242,14 @@ impl Interconnect {
     pub fn stats(&self) -> PairStats {
         let shared = &self.inner.shared;
         let mut stats = PairStats {
-            links: vec![LinkStats::default(); shared.config.links.len()],
+            links: shared.link_stats(),
             last_error: shared.last_error(),
             ..PairStats::default()
         };
-        let Some(lanes) = shared.current() else {
-            return stats;
-        };
-        stats.session = Some(lanes.id());
-        let (index, mut link) = lanes.stats();
-        if let (Some((local, _)), Some(bound)) = (&mut link.path, self.inner.local_addrs.get(index))
-        {
-            local.set_port(bound.port());
-            if !bound.ip().is_unspecified() {
-                local.set_ip(bound.ip());
-            }
-        }
-        if let Some(slot) = stats.links.get_mut(index) {
-            *slot = link;
+        if let Some(lanes) = shared.current() {
+            stats.session = Some(lanes.id());
+            stats.version = lanes.version();
+            lanes.stats(&mut stats);
         }
         stats
     }

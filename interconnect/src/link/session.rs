@@ -1,251 +1,416 @@
-//! One session: an established connection, its control lane and its epoch lanes.
+//! A session: an association of two running processes over all the links of a pair, which
+//! outlives every single connection.
 //!
 //! ```text
-//!  control(frame) -> queue -> writer task -> QUIC ~> reader task -> on_ack, or LinkEvent::Control
-//!  EpochLane::send -> queue -> writer task -> QUIC ~> lane task  -> LinkEvent::EpochLane.rx
+//!             first Join                         no link for session_keep,
+//!   (none) ───────────────▶ Forming ──slot──▶ Standing ──protocol error, closed──▶ Over
+//!                                     Up      │    ▲                         Down
+//!                                             └────┘ LinkUp, LinkDown
 //! ```
 //!
-//! What this must never do: tell of a frame before `Up` or after `Down`; hold more
-//! of the partner's bytes than the windows and channels allow.
+//! What this must never do: tell of anything before `Up` or after `Down`, or take a
+//! connection of another process for one of its own.
 
-use super::config::OnAck;
-use super::hello::{LANE_BYTES, lane_start, parse_lane_start};
-use super::queue::{FrameQueue, PushError};
-use super::{Hello, LinkEvent, LinkStats, SendError, SessionId};
-use crate::frame::{Frame, FrameDecoder, HEADER_BYTES};
+use super::config::LinkSettings;
+use super::event::{Hello, LinkEvent, SendError, SessionId};
+use super::incoming::{Clock, IO_EVENTS_MAX, InLane, Incoming};
+use super::keeper::Shared;
+use super::lanes::{EpochLane, IoEnd, IoEvent, IoLane, IoSender, Lanes};
+use super::member::{self, Joined};
+use super::outgoing::{LaneHandle, Member, OutLane, Outgoing};
+use super::plain::{CODE_LINK, CODE_PROTOCOL};
+use super::queue::PushError;
+use super::stats::PairStats;
+use crate::frame::Frame;
 use crate::heartbeat::HeartbeatKey;
 use crate::ids::{Generation, VmId};
-use bytes::Bytes;
-use quinn::{Connection, RecvStream, SendStream, VarInt};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use crate::lane::{LaneClass, LaneId, LinkIndex, Micros};
+use quinn::{ConnectionError, VarInt};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 
-/// Bytes of control frames that may wait for the link: acknowledgements and status
-/// are small; if a MiB of them waits, the link is dead.
-const CONTROL_QUEUE_BYTES: usize = 1 << 20;
-/// Priority of the control lane over epoch lanes (0).
-const CONTROL_PRIORITY: i32 = 10;
-/// Frames of one lane that wait for the standby's thread. With page batches of
-/// 1 MiB this is 8 MiB; beyond it the lane's own flow control holds the sender.
-const LANE_FRAMES_MAX: usize = 8;
-/// Pieces taken from QUIC at a time: with 1.4 KB each about 90 KB.
-const CHUNKS_MAX: usize = 64;
-/// Bytes handed to QUIC at a time.
-const WRITE_BYTES: usize = 1 << 20;
-/// A lane must say what it is within this time.
-const LANE_START_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often a session's figures go to the log at DEBUG.
-const FIGURES_EVERY: Duration = Duration::from_secs(1);
-/// Close code: ended in order, or replaced by a newer session.
-pub(super) const CODE_DONE: u32 = 0;
-/// Close code: the partner is refused; the reason says why.
-pub(super) const CODE_REFUSED: u32 = 1;
-/// Close code: the partner broke the protocol; the reason says how.
-pub(super) const CODE_PROTOCOL: u32 = 2;
-
-/// The lanes of a pair, whatever carries them. Today one connection on one link;
-/// several links, an I/O lane and striping come behind this trait.
-pub(super) trait Lanes: Send + Sync {
-    fn id(&self) -> SessionId;
-    fn control(&self, frame: Frame) -> Result<(), PushError>;
-    fn open_epoch_lane(&self, vm: VmId, generation: Generation, queue_bytes: usize) -> EpochLane;
-    /// The link it runs on, and its figures.
-    fn stats(&self) -> (usize, LinkStats);
-    fn close(&self, code: u32, reason: &str);
+/// Why a session ended: the code its connections are closed with, and words.
+#[derive(Clone, Debug)]
+struct End {
+    code: u32,
+    reason: String,
 }
 
-/// A session on one connection.
+/// What a new session is made of.
+pub(super) struct Founding {
+    pub(super) id: SessionId,
+    pub(super) nonce: [u8; 16],
+    pub(super) peer: Hello,
+    pub(super) key: HeartbeatKey,
+    /// What the partner takes of a lane, in bytes.
+    pub(super) window_bytes: u64,
+}
+
+/// A session over several links.
 pub(super) struct Session {
-    id: SessionId,
-    link: usize,
-    connection: Connection,
-    control: FrameQueue,
+    pub(super) id: SessionId,
+    pub(super) nonce: [u8; 16],
+    pub(super) outgoing: Arc<Outgoing>,
+    pub(super) incoming: Arc<Incoming>,
+    peer: Hello,
+    clock: Clock,
     runtime: Handle,
-    peer: String,
-    /// Why this side closed it, if it did.
-    closed_here: OnceLock<String>,
-}
-
-/// What an established connection brings along.
-pub(super) struct Established {
-    pub(super) connection: Connection,
-    pub(super) link: usize,
-    pub(super) send: SendStream,
-    pub(super) receive: RecvStream,
-    pub(super) hello: Hello,
+    events: mpsc::Sender<LinkEvent>,
+    joins: mpsc::UnboundedSender<Joined>,
+    end: watch::Sender<Option<End>>,
+    /// Readers, writers, deliveries; `None` when the session is over.
+    tasks: Mutex<Option<JoinSet<()>>>,
+    me: std::sync::Weak<Self>,
 }
 
 impl Session {
-    pub(super) fn new(id: SessionId, established: &Established, runtime: Handle) -> Arc<Self> {
-        Arc::new(Self {
+    /// Make it, and the task that runs it until it is over.
+    pub(super) fn found(shared: &Arc<Shared>, founding: Founding) -> Arc<Self> {
+        let Founding {
             id,
-            link: established.link,
-            connection: established.connection.clone(),
-            control: FrameQueue::new(CONTROL_QUEUE_BYTES),
-            runtime,
-            peer: established.hello.host.clone(),
-            closed_here: OnceLock::new(),
-        })
+            nonce,
+            peer,
+            key,
+            window_bytes,
+        } = founding;
+        let (joins, joined) = mpsc::unbounded_channel();
+        let own_window = crate::lane::LANE_WINDOW_BYTES;
+        let outgoing = Outgoing::new(window_bytes.min(own_window));
+        let session = Arc::new_cyclic(|me| Self {
+            id,
+            nonce,
+            incoming: Incoming::new(
+                own_window,
+                id,
+                shared.config.on_ack.clone(),
+                shared.events.clone(),
+            ),
+            clock: outgoing.clock(),
+            outgoing,
+            peer,
+            runtime: shared.runtime.clone(),
+            events: shared.events.clone(),
+            joins,
+            end: watch::Sender::new(None),
+            tasks: Mutex::new(Some(JoinSet::new())),
+            me: me.clone(),
+        });
+        let (task, shared) = (Arc::clone(&session), Arc::clone(shared));
+        session
+            .runtime
+            .spawn(async move { task.run(&shared, key, joined).await });
+        session
     }
 
-    /// Carry frames until the connection ends; returns why, in plain words.
-    pub(super) async fn run(
-        self: &Arc<Self>,
-        send: SendStream,
-        receive: RecvStream,
-        on_ack: Option<OnAck>,
-        events: &mpsc::Sender<LinkEvent>,
-    ) -> String {
-        // Failing only means the default priority.
-        let _ = send.set_priority(CONTROL_PRIORITY);
-        let mut lanes = tokio::task::JoinSet::new();
-        let reason = tokio::select! {
-            reason = self.write_control(send) => reason,
-            reason = self.read_control(receive, on_ack.as_ref(), events) => reason,
-            reason = self.accept_lanes(&mut lanes, events) => reason,
-            error = self.connection.closed() => error.to_string(),
-            never = self.tell_figures() => match never {},
-        };
-        self.control.close();
-        // Before closing from here, which would hide the partner's own words. If the
-        // connection ended first, its reason explains the others.
-        let reason = match self.connection.close_reason() {
-            None => reason,
-            Some(quinn::ConnectionError::LocallyClosed) => {
-                self.closed_here.get().cloned().unwrap_or(reason)
+    /// Add a connection.
+    pub(super) fn join(&self, joined: Joined) {
+        // Fails only when the session is over; dropping it closes nothing by itself.
+        if let Err(error) = self.joins.send(joined) {
+            error
+                .0
+                .member
+                .connection
+                .close(VarInt::from_u32(CODE_LINK), b"the session is over");
+        }
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.end.borrow().is_some()
+    }
+
+    pub(super) fn version(&self) -> u16 {
+        self.peer.version
+    }
+
+    pub(super) fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    /// End it; the first reason counts.
+    pub(super) fn end(&self, code: u32, reason: &str) {
+        self.end.send_if_modified(|end| {
+            let first = end.is_none();
+            if first {
+                *end = Some(End {
+                    code,
+                    reason: reason.to_owned(),
+                });
             }
-            Some(error) => error.to_string(),
-        };
-        self.connection
-            .close(VarInt::from_u32(CODE_PROTOCOL), reason.as_bytes());
-        lanes.shutdown().await;
+            first
+        });
+    }
+
+    /// The partner broke the protocol: end the session, with the reason for the log.
+    pub(super) fn broken(&self, reason: String) -> String {
+        tracing::warn!(peer = %self.peer.host, session = self.id.0, "session broken: {reason}");
+        self.end(CODE_PROTOCOL, &reason);
         reason
     }
 
-    /// What the connection did, once a second, for whoever reads the log at DEBUG.
-    async fn tell_figures(&self) -> std::convert::Infallible {
-        loop {
-            tokio::time::sleep(FIGURES_EVERY).await;
-            let stats = self.connection.stats();
-            tracing::debug!(peer = %self.peer, path = ?stats.path, tx = ?stats.udp_tx, rx = ?stats.udp_rx, "figures");
+    /// Run a task that must not outlive the session.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tasks) = tasks.as_mut() {
+            // Those that ended are collected here, so that the set stays small.
+            while tasks.try_join_next().is_some() {}
+            tasks.spawn_on(task, &self.runtime);
         }
     }
 
-    async fn write_control(&self, stream: SendStream) -> String {
-        write_frames(&self.control, stream)
-            .await
-            .err()
-            .unwrap_or_else(|| "control lane ended".to_owned())
+    pub(super) fn spawn_writer(&self, lane: Arc<OutLane>, member: Member) {
+        if let Some(me) = self.me.upgrade() {
+            self.spawn(member::write_lane(me, lane, member));
+        }
     }
 
-    async fn read_control(
-        &self,
-        mut stream: RecvStream,
-        on_ack: Option<&OnAck>,
-        events: &mpsc::Sender<LinkEvent>,
-    ) -> String {
-        let mut reader = FrameReader::default();
-        loop {
-            match reader.next(&mut stream).await {
-                Ok(Some(frame)) if frame.kind.is_control() => match on_ack {
-                    Some(on_ack) if frame.kind == crate::frame::FrameKind::EpochAck => {
-                        on_ack(frame)
-                    }
-                    _ => {
-                        let event = LinkEvent::Control {
-                            session: self.id,
-                            frame,
-                        };
-                        if events.send(event).await.is_err() {
-                            return "nobody listens to the interconnect's events".to_owned();
-                        }
-                    }
-                },
-                Ok(Some(frame)) => {
-                    return format!(
-                        "the partner sent a {:?} frame on the control lane",
-                        frame.kind
-                    );
+    pub(super) fn spawn_delivery(&self, lane: Arc<InLane>) {
+        let Some(me) = self.me.upgrade() else {
+            return;
+        };
+        self.spawn(async move {
+            match lane.deliver(&me.clock).await {
+                Ok(Some(_)) if lane.start.lane == LaneId::CONTROL => {
+                    me.broken("nobody listens to the interconnect's events".to_owned());
                 }
-                Ok(None) => return "the partner ended the control lane".to_owned(),
-                Err(reason) => return reason,
+                Ok(Some(tell)) => me.incoming.forget(&lane, tell),
+                Ok(None) => {}
+                Err(reason) => drop(me.broken(reason)),
             }
-        }
+        });
     }
 
-    async fn accept_lanes(
-        self: &Arc<Self>,
-        lanes: &mut tokio::task::JoinSet<()>,
-        events: &mpsc::Sender<LinkEvent>,
-    ) -> String {
-        loop {
-            // Tasks that ended are collected here, so that the set stays small.
-            while lanes.try_join_next().is_some() {}
-            match self.connection.accept_uni().await {
-                Ok(stream) => {
-                    let (session, events) = (Arc::clone(self), events.clone());
-                    lanes.spawn(async move { session.read_lane(stream, events).await });
-                }
-                Err(error) => return error.to_string(),
-            }
-        }
-    }
-
-    async fn read_lane(&self, mut stream: RecvStream, events: mpsc::Sender<LinkEvent>) {
-        if let Err(reason) = self.carry_lane(&mut stream, events).await {
-            tracing::warn!(peer = %self.peer, session = self.id.0, "epoch lane broken: {reason}");
-            self.close(CODE_PROTOCOL, &reason);
-        }
-        // The reader went away or the lane is over: let the sender know.
-        let _ = stream.stop(VarInt::from_u32(CODE_DONE));
-    }
-
-    async fn carry_lane(
-        &self,
-        stream: &mut RecvStream,
-        events: mpsc::Sender<LinkEvent>,
-    ) -> Result<(), String> {
-        let mut start = [0; LANE_BYTES];
-        match tokio::time::timeout(LANE_START_TIMEOUT, stream.read_exact(&mut start)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => return Ok(()),
-            Err(_) => return Err("a lane did not say in time what it is".to_owned()),
-        }
-        let (vm, generation) = parse_lane_start(&start)?;
-        let (tx, rx) = mpsc::channel(LANE_FRAMES_MAX);
+    pub(super) async fn tell_epoch_lane(&self, lane: &InLane, rx: mpsc::Receiver<Frame>) {
         let event = LinkEvent::EpochLane {
-            vm,
-            generation,
+            vm: lane.start.vm,
+            generation: lane.start.generation,
             session: self.id,
             rx,
         };
-        if events.send(event).await.is_err() {
-            return Ok(());
+        // Nobody listens: the lane finds its receiver gone.
+        let _ = self.events.send(event).await;
+    }
+
+    /// Open this side's direction of a lane the partner opened, and tell the product.
+    pub(super) async fn tell_io_lane(
+        &self,
+        lane: &InLane,
+        tx: mpsc::Sender<IoEvent>,
+        rx: mpsc::Receiver<IoEvent>,
+    ) {
+        let notices = tx.downgrade();
+        drop(tx);
+        let (vm, generation) = (lane.start.vm, lane.start.generation);
+        let handle = self.open(
+            LaneClass::Io,
+            vm,
+            generation,
+            lane.start.lane,
+            0,
+            Some(notices),
+        );
+        let event = LinkEvent::IoLane {
+            vm,
+            generation,
+            session: self.id,
+            lane: self.io_lane(handle, rx),
+        };
+        let _ = self.events.send(event).await;
+    }
+
+    fn io_lane(&self, handle: LaneHandle, rx: mpsc::Receiver<IoEvent>) -> IoLane {
+        let inner = Arc::new(IoEnd {
+            sink: Arc::new(handle),
+            session: self.id,
+            peer: self.peer.host.clone(),
+        });
+        IoLane {
+            tx: IoSender { inner },
+            rx,
         }
-        drop(events);
-        let mut reader = FrameReader::default();
-        loop {
-            let frame = tokio::select! {
-                frame = reader.next(stream) => frame?,
-                () = tx.closed() => return Ok(()),
+    }
+
+    fn open(
+        &self,
+        class: LaneClass,
+        vm: VmId,
+        generation: Generation,
+        answers: LaneId,
+        queue_bytes: usize,
+        notices: Option<mpsc::WeakSender<IoEvent>>,
+    ) -> LaneHandle {
+        let (lane, members) =
+            self.outgoing
+                .open(class, vm, generation, answers, queue_bytes as u64, notices);
+        for member in members {
+            self.spawn_writer(Arc::clone(&lane), member);
+        }
+        LaneHandle {
+            outgoing: Arc::clone(&self.outgoing),
+            lane,
+        }
+    }
+
+    /// From the first connection to the last word.
+    async fn run(
+        self: Arc<Self>,
+        shared: &Arc<Shared>,
+        key: HeartbeatKey,
+        mut joined: mpsc::UnboundedReceiver<Joined>,
+    ) {
+        let slot = shared.slot.lock().await;
+        if !self.is_over() {
+            shared.stands(Some(Arc::clone(&self) as Arc<dyn Lanes>));
+            tracing::info!(peer = %self.peer.host, build = %self.peer.build, session = self.id.0, "interconnect up");
+            let event = LinkEvent::Up {
+                session: self.id,
+                peer: self.peer.clone(),
+                heartbeat_key: key,
             };
-            match frame {
-                Some(frame) if frame.kind.is_control() => {
-                    return Err(format!(
-                        "the partner sent a {:?} frame on an epoch lane",
-                        frame.kind
-                    ));
-                }
-                Some(frame) => {
-                    if tx.send(frame).await.is_err() {
-                        return Ok(());
-                    }
-                }
-                None => return Ok(()),
-            }
+            let _ = self.events.send(event).await;
+            let outgoing = Arc::clone(&self.outgoing);
+            self.spawn(async move { match outgoing.keep_time().await {} });
+            self.stand(shared, &mut joined).await;
+            shared.stands(None);
         }
+        let End { code, reason } = ended(&mut self.end.subscribe()).await;
+        joined.close();
+        while let Ok(joined) = joined.try_recv() {
+            let connection = joined.member.connection;
+            connection.close(VarInt::from_u32(code), reason.as_bytes());
+        }
+        drop(slot);
+    }
+
+    /// Between `Up` and `Down`.
+    async fn stand(
+        self: &Arc<Self>,
+        shared: &Arc<Shared>,
+        joined: &mut mpsc::UnboundedReceiver<Joined>,
+    ) {
+        let mut over = self.end.subscribe();
+        let mut running: JoinSet<(Member, String, Option<ConnectionError>)> = JoinSet::new();
+        let mut standing: BTreeMap<LinkIndex, Member> = BTreeMap::new();
+        let mut alone_since = Instant::now();
+        let mut last_reason = String::from("no link came up");
+        let LinkSettings { session_keep, .. } = shared.config.settings;
+        let end = loop {
+            tokio::select! {
+                biased;
+                end = ended(&mut over) => break end,
+                Some(ended) = running.join_next(), if !running.is_empty() => {
+                    // A task that panicked has said so; its connection ends by itself.
+                    let Ok((member, reason, error)) = ended else { continue };
+                    let of_session = match &error {
+                        Some(ConnectionError::ApplicationClosed(close)) => {
+                            close.error_code != VarInt::from_u32(CODE_LINK)
+                        }
+                        _ => false,
+                    };
+                    if standing.get(&member.link).is_some_and(|m| m.serial == member.serial) {
+                        standing.remove(&member.link);
+                        self.tell_link_down(shared, &member, &reason).await;
+                    }
+                    if of_session {
+                        self.end(super::plain::CODE_DONE, &reason);
+                    }
+                    alone_since = Instant::now();
+                    last_reason = reason;
+                }
+                Some(joined) = joined.recv() => {
+                    let member = joined.member.clone();
+                    if let Some(old) = standing.insert(member.link, member.clone()) {
+                        let reason = "replaced by a newer connection of this link";
+                        old.connection.close(VarInt::from_u32(CODE_LINK), reason.as_bytes());
+                        self.tell_link_down(shared, &old, reason).await;
+                    }
+                    self.tell_link_up(shared, &member).await;
+                    let session = Arc::clone(self);
+                    running.spawn_on(async move {
+                        let reason = member::run(&session, joined).await;
+                        let error = member.connection.close_reason();
+                        let code = VarInt::from_u32(CODE_LINK);
+                        member.connection.close(code, reason.as_bytes());
+                        (member, reason, error)
+                    }, &self.runtime);
+                }
+                () = tokio::time::sleep_until((alone_since + session_keep).into()), if standing.is_empty() => {
+                    let reason = format!("no link for {} ms: {last_reason}", session_keep.as_millis());
+                    self.end(CODE_PROTOCOL, &reason);
+                }
+            }
+        };
+        for member in standing.values() {
+            let code = VarInt::from_u32(end.code);
+            member.connection.close(code, end.reason.as_bytes());
+        }
+        self.outgoing.end();
+        self.incoming.end();
+        let tasks = self
+            .tasks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(mut tasks) = tasks {
+            tasks.shutdown().await;
+        }
+        running.shutdown().await;
+        for member in standing.values() {
+            self.tell_link_down(shared, member, &end.reason).await;
+        }
+        shared.session_ended(&end.reason);
+        tracing::info!(peer = %self.peer.host, session = self.id.0, "interconnect down: {}", end.reason);
+        let _ = self
+            .events
+            .send(LinkEvent::Down {
+                session: self.id,
+                reason: end.reason,
+            })
+            .await;
+    }
+
+    async fn tell_link_up(&self, shared: &Shared, member: &Member) {
+        let link = usize::from(member.link.0);
+        shared.link_stands(link, &member.connection);
+        tracing::info!(peer = %self.peer.host, session = self.id.0, link, "link up");
+        let _ = self
+            .events
+            .send(LinkEvent::LinkUp {
+                session: self.id,
+                link,
+                path: shared.path(link, &member.connection),
+            })
+            .await;
+    }
+
+    async fn tell_link_down(&self, shared: &Shared, member: &Member, reason: &str) {
+        let link = usize::from(member.link.0);
+        shared.link_fell(link, &member.connection, reason);
+        tracing::info!(peer = %self.peer.host, session = self.id.0, link, "link down: {reason}");
+        let _ = self
+            .events
+            .send(LinkEvent::LinkDown {
+                session: self.id,
+                link,
+                reason: reason.to_owned(),
+            })
+            .await;
+    }
+}
+
+/// Wait for the end of the session.
+async fn ended(end: &mut watch::Receiver<Option<End>>) -> End {
+    match end.wait_for(Option::is_some).await.as_deref() {
+        Ok(Some(end)) => end.clone(),
+        // The sender is in the session, which whoever asks holds on to.
+        _ => End {
+            code: CODE_PROTOCOL,
+            reason: "the session is gone".to_owned(),
+        },
     }
 }
 
@@ -254,258 +419,56 @@ impl Lanes for Session {
         self.id
     }
 
+    fn version(&self) -> u16 {
+        self.peer.version
+    }
+
     fn control(&self, frame: Frame) -> Result<(), PushError> {
-        self.control.try_push(frame)
+        self.outgoing
+            .push(self.outgoing.control(), frame, None, false)
+            .map(|_| ())
     }
 
     fn open_epoch_lane(&self, vm: VmId, generation: Generation, queue_bytes: usize) -> EpochLane {
-        let queue = Arc::new(FrameQueue::new(queue_bytes));
-        let (connection, task_queue) = (self.connection.clone(), Arc::clone(&queue));
-        self.runtime.spawn(async move {
-            let open = async {
-                let mut stream = connection
-                    .open_uni()
-                    .await
-                    .map_err(|error| error.to_string())?;
-                stream
-                    .write_all(&lane_start(vm, generation))
-                    .await
-                    .map_err(|error| error.to_string())?;
-                Ok::<_, String>(stream)
-            };
-            let result = match open.await {
-                Ok(stream) => write_frames(&task_queue, stream).await,
-                Err(reason) => Err(reason),
-            };
-            if let Err(reason) = result {
-                tracing::debug!("epoch lane of {vm} ended: {reason}");
-            }
-            task_queue.close();
-        });
+        let none = LaneId::CONTROL;
+        let handle = self.open(LaneClass::Epoch, vm, generation, none, queue_bytes, None);
         EpochLane {
-            queue,
+            sink: Arc::new(handle),
             session: self.id,
-            peer: self.peer.clone(),
+            peer: self.peer.host.clone(),
+            version: self.peer.version,
         }
     }
 
-    fn stats(&self) -> (usize, LinkStats) {
-        let stats = self.connection.stats();
-        let figures = super::capacity::figures(&self.connection);
-        let local = self.connection.local_ip();
-        let remote = self.connection.remote_address();
-        let link = LinkStats {
-            state: super::LinkState::Up,
-            path: Some((local.map_or(remote, |ip| (ip, 0).into()), remote)),
-            rtt: stats.path.rtt,
-            sent_bytes: stats.udp_tx.bytes,
-            received_bytes: stats.udp_rx.bytes,
-            sent_packets: stats.path.sent_packets,
-            lost_packets: stats.path.lost_packets,
-            black_holes: stats.path.black_holes_detected,
-            mtu_bytes: stats.path.current_mtu,
-            rtt_min: figures.rtt_min,
-            capacity_bytes_per_s: figures.bytes_per_s,
-            window_bytes: figures.window_bytes,
-            ..LinkStats::default()
-        };
-        (self.link, link)
+    fn open_io_lane(&self, vm: VmId, generation: Generation) -> Result<IoLane, SendError> {
+        let (tx, rx) = mpsc::channel(IO_EVENTS_MAX);
+        let (none, notices) = (LaneId::CONTROL, Some(tx.downgrade()));
+        let handle = self.open(LaneClass::Io, vm, generation, none, 0, notices);
+        self.incoming.expect_answer(handle.lane.start.lane, tx);
+        Ok(self.io_lane(handle, rx))
+    }
+
+    fn stats(&self, stats: &mut PairStats) {
+        for (index, link) in (0u8..).zip(&mut stats.links) {
+            let (state, in_flight) = self.outgoing.link_state(LinkIndex(index));
+            link.state = state;
+            link.in_flight_bytes = in_flight;
+        }
+        stats.lanes = self.outgoing.lane_stats();
+        stats.lanes.extend(self.incoming.lane_stats());
     }
 
     fn close(&self, code: u32, reason: &str) {
-        // The first reason counts.
-        let _ = self.closed_here.set(reason.to_owned());
-        self.connection
-            .close(VarInt::from_u32(code), reason.as_bytes());
+        self.end(code, reason);
     }
 }
 
-/// Send what comes into the queue until it is finished; `Err` with the reason if the
-/// stream ended first. Payloads go to QUIC as they are, without a copy.
-async fn write_frames(queue: &FrameQueue, mut stream: SendStream) -> Result<(), String> {
-    let (mut frames, mut chunks) = (Vec::new(), Vec::new());
-    loop {
-        tokio::select! {
-            more = queue.take(WRITE_BYTES, &mut frames) => if !more {
-                return stream.finish().map_err(|error| error.to_string());
-            },
-            _ = stream.stopped() => return Err("the partner stopped reading the lane".to_owned()),
-        }
-        for frame in frames.drain(..) {
-            let header = frame.header().map_err(|error| error.to_string())?;
-            chunks.push(Bytes::copy_from_slice(&header));
-            if !frame.payload.is_empty() {
-                chunks.push(frame.payload);
-            }
-        }
-        stream
-            .write_all_chunks(&mut chunks)
-            .await
-            .map_err(|error| error.to_string())?;
-        chunks.clear();
-    }
-}
-
-/// Frames from a stream.
-#[derive(Default)]
-struct FrameReader {
-    decoder: FrameDecoder,
-    chunks: Vec<Bytes>,
-    /// Chunks of `chunks` that are read already.
-    at: usize,
-    /// Chunks of `chunks` that hold bytes.
-    end: usize,
-}
-
-impl FrameReader {
-    /// The next frame; `None` at the end of the stream. Safe to cancel: what was
-    /// read stays here.
-    async fn next(&mut self, stream: &mut RecvStream) -> Result<Option<Frame>, String> {
-        loop {
-            while self.at < self.end {
-                let chunk = &mut self.chunks[self.at];
-                let frame = self
-                    .decoder
-                    .push(chunk)
-                    .map_err(|error| error.to_string())?;
-                if chunk.is_empty() {
-                    self.at += 1;
-                }
-                if frame.is_some() {
-                    return Ok(frame);
-                }
-            }
-            self.chunks.resize(CHUNKS_MAX, Bytes::new());
-            match stream.read_chunks(&mut self.chunks).await {
-                Ok(Some(count)) => (self.at, self.end) = (0, count),
-                Ok(None) if self.decoder.is_at_boundary() => return Ok(None),
-                Ok(None) => return Err("a lane ended within a frame".to_owned()),
-                // The partner gave the lane up (or the connection went): an end.
-                Err(quinn::ReadError::Reset(_)) => return Ok(None),
-                Err(quinn::ReadError::ConnectionLost(_)) => return Ok(None),
-                Err(error) => return Err(error.to_string()),
-            }
+impl Clock {
+    /// Until then, or for ever.
+    pub(super) async fn wait(self, at: Option<Micros>) {
+        match at {
+            Some(at) => self.sleep_until(at).await,
+            None => std::future::pending().await,
         }
     }
 }
-
-/// Secrets for the heartbeats of this session, one for each direction so that a
-/// heartbeat cannot be reflected.
-pub(super) fn heartbeat_key(
-    connection: &Connection,
-    dialled: bool,
-) -> Result<HeartbeatKey, String> {
-    let export = |from_dialler: bool| {
-        let mut secret = [0; 32];
-        let context: &[u8] = if from_dialler {
-            b"dialler"
-        } else {
-            b"acceptor"
-        };
-        connection
-            .export_keying_material(&mut secret, b"pollux heartbeat 1", context)
-            .map(|()| secret)
-            .map_err(|_| "TLS gave no key for the heartbeats".to_owned())
-    };
-    Ok(HeartbeatKey {
-        send: export(dialled)?,
-        receive: export(!dialled)?,
-    })
-}
-
-/// A lane of one VM's epochs; dropping it ends the lane after what is queued is sent.
-pub struct EpochLane {
-    queue: Arc<FrameQueue>,
-    session: SessionId,
-    peer: String,
-}
-
-impl std::fmt::Debug for EpochLane {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "EpochLane(session {}, {} bytes queued)",
-            self.session.0,
-            self.queued_bytes()
-        )
-    }
-}
-
-impl EpochLane {
-    fn check(frame: &Frame) -> Result<(), SendError> {
-        if frame.kind.is_control() {
-            return Err(SendError::Kind(frame.kind));
-        }
-        super::check_size(frame)
-    }
-
-    fn error(&self, error: &PushError) -> SendError {
-        match *error {
-            PushError::Closed => SendError::LaneGone,
-            PushError::Full(queued_bytes) => SendError::Full {
-                peer: self.peer.clone(),
-                queued_bytes,
-            },
-        }
-    }
-
-    /// Send, waiting while the queue is full. Not from a tokio task.
-    ///
-    /// # Errors
-    /// [`SendError::LaneGone`], [`SendError::Frame`], [`SendError::Kind`].
-    pub fn send_blocking(&self, frame: Frame) -> Result<(), SendError> {
-        Self::check(&frame)?;
-        self.queue
-            .push_blocking(frame)
-            .map_err(|error| self.error(&error))
-    }
-
-    /// Send if the queue has room.
-    ///
-    /// # Errors
-    /// As [`EpochLane::send_blocking`], and [`SendError::Full`].
-    pub fn try_send(&self, frame: Frame) -> Result<(), SendError> {
-        Self::check(&frame)?;
-        self.queue
-            .try_push(frame)
-            .map_err(|error| self.error(&error))
-    }
-
-    /// Bytes queued and not yet handed to QUIC.
-    #[must_use]
-    pub fn queued_bytes(&self) -> usize {
-        self.queue.bytes()
-    }
-
-    /// How much waits on this lane and how fast it leaves.
-    #[must_use]
-    pub fn pressure(&self) -> super::LanePressure {
-        super::LanePressure {
-            queued_bytes: self.queue.bytes() as u64,
-            ..super::LanePressure::default()
-        }
-    }
-
-    /// The session it belongs to.
-    #[must_use]
-    pub fn session(&self) -> SessionId {
-        self.session
-    }
-
-    /// Whether its session still stands and the partner still reads it.
-    #[must_use]
-    pub fn is_open(&self) -> bool {
-        !self.queue.is_closed()
-    }
-}
-
-impl Drop for EpochLane {
-    fn drop(&mut self) {
-        self.queue.finish();
-    }
-}
-
-const _: () = assert!(
-    HEADER_BYTES + LANE_BYTES < 1200,
-    "lane start and first header fit one packet"
-);

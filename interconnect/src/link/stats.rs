@@ -1,7 +1,8 @@
 //! What links and lanes did so far, for status, metrics and tests of a pair. Counters
 //! only grow within a session's life; rates are the reader's to take from two readings.
 
-use super::SessionId;
+use super::capacity;
+use super::event::SessionId;
 use crate::ids::{Generation, VmId};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -56,6 +57,24 @@ pub struct LinkStats {
     pub window_bytes: u64,
     /// Why its last connection ended or its last attempt failed.
     pub last_error: Option<String>,
+}
+
+impl LinkStats {
+    /// Fill in what the connection knows.
+    pub(super) fn read(&mut self, connection: &quinn::Connection) {
+        let quic = connection.stats();
+        let figures = capacity::figures(connection);
+        self.rtt = quic.path.rtt;
+        self.rtt_min = figures.rtt_min;
+        self.capacity_bytes_per_s = figures.bytes_per_s;
+        self.sent_bytes = quic.udp_tx.bytes;
+        self.received_bytes = quic.udp_rx.bytes;
+        self.sent_packets = quic.path.sent_packets;
+        self.lost_packets = quic.path.lost_packets;
+        self.black_holes = quic.path.black_holes_detected;
+        self.mtu_bytes = quic.path.current_mtu;
+        self.window_bytes = figures.window_bytes;
+    }
 }
 
 /// What a lane is for.

@@ -5,8 +5,8 @@
 use super::config::{LinkAddr, LinkSettings, PairConfig, StartError};
 use super::congestion::{PrivateLinkConfig, WINDOW_BYTES_MAX, WINDOW_BYTES_MIN};
 use super::drivers::Drivers;
+use super::keys::Keys;
 use super::socket::{self, SOCKET_BUFFER_BYTES};
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
     AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt,
 };
@@ -120,11 +120,12 @@ fn transport(settings: &LinkSettings, packets: PacketBytes, window_max: u64) -> 
     transport
 }
 
-/// An endpoint on one link that can dial and accept. Call inside a tokio runtime.
+/// An endpoint on one link that can dial and accept, and how its connections are set up. Call inside a tokio runtime.
 pub(super) fn endpoint(
     config: &PairConfig,
+    keys: &Keys,
     link: usize,
-) -> Result<(quinn::Endpoint, quinn::ClientConfig), StartError> {
+) -> Result<(quinn::Endpoint, Arc<TransportConfig>), StartError> {
     let tls = |reason: String| StartError::Tls {
         peer: config.peer.clone(),
         reason,
@@ -153,23 +154,7 @@ pub(super) fn endpoint(
         .max_udp_payload_size(receive_bytes_max)
         .map_err(|error| tls(error.to_string()))?;
 
-    let client = config
-        .identity
-        .client_config(&[config.peer_fingerprint])
-        .map_err(|e| tls(e.to_string()))?;
-    let client = QuicClientConfig::try_from(client).map_err(|e| tls(e.to_string()))?;
-    let mut client = quinn::ClientConfig::new(Arc::new(client));
-    client.transport_config(Arc::clone(&transport));
-
-    let server = config
-        .identity
-        .server_config(&[config.peer_fingerprint])
-        .map_err(|e| tls(e.to_string()))?;
-    let server = QuicServerConfig::try_from(server).map_err(|e| tls(e.to_string()))?;
-    let mut server = quinn::ServerConfig::with_crypto(Arc::new(server));
-    // A link is a cable: the partner's address on it does not change.
-    server.transport_config(transport).migration(false);
-
+    let server = keys.server(&transport).map_err(tls)?;
     socket::for_quic(socket, packets.max, receive_bytes_max)
         .and_then(|socket| {
             quinn::Endpoint::new_with_abstract_socket(
@@ -179,7 +164,7 @@ pub(super) fn endpoint(
                 Arc::new(Drivers::new(socket)),
             )
         })
-        .map(|endpoint| (endpoint, client))
+        .map(|endpoint| (endpoint, transport))
         .map_err(|source| StartError::Bind { link, addr, source })
 }
 

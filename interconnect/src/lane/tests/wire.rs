@@ -23,6 +23,7 @@ fn start() -> LaneStart {
         lane: LaneId(0x0102_0304),
         class: LaneClass::Io,
         vm: VmId([3; 16]),
+        answers: LaneId(0),
         generation: Generation(9),
     }
 }

@@ -1,10 +1,15 @@
 //! Pairs over real QUIC on loopback.
 
+mod links;
+mod recorded;
+mod relay;
+
 use super::*;
 use crate::codec::tests::noise;
 use crate::frame::FrameKind;
 use crate::identity::{Fingerprint, Identity};
 use crate::ids::Epoch;
+use std::collections::BTreeSet;
 use std::net::UdpSocket;
 use std::time::Duration;
 use tokio::runtime::Runtime;
@@ -65,6 +70,37 @@ impl Side {
     }
 }
 
+/// A bare QUIC endpoint with a side's identity.
+struct Raw {
+    endpoint: quinn::Endpoint,
+    client: quinn::ClientConfig,
+}
+
+impl Raw {
+    async fn connect(&self, to: SocketAddr) -> quinn::Connection {
+        self.endpoint
+            .connect_with(self.client.clone(), to, "pollux")
+            .unwrap()
+            .await
+            .unwrap()
+    }
+}
+
+impl Side {
+    /// On the side's first link.
+    fn raw_endpoint(&self, peer: &Side, runtime: &Runtime) -> Raw {
+        let _entered = runtime.enter();
+        let config = self.config(peer);
+        let keys = Keys {
+            identity: Arc::clone(&self.identity),
+            pins: vec![peer.identity.fingerprint()],
+        };
+        let (endpoint, transport) = transport::endpoint(&config, &keys, 0).unwrap();
+        let client = keys.client(&transport).unwrap();
+        Raw { endpoint, client }
+    }
+}
+
 /// Two sides; the first dials.
 fn sides(links: usize) -> (Side, Side) {
     let (a, b) = (Side::new("castor", links), Side::new("pollux", links));
@@ -79,6 +115,8 @@ struct Running {
     interconnect: Interconnect,
     events: mpsc::Receiver<LinkEvent>,
     runtime: tokio::runtime::Handle,
+    /// The links of the session that stand, as the events told so far.
+    standing: BTreeSet<usize>,
 }
 
 fn start(config: PairConfig, runtime: &Runtime) -> Running {
@@ -87,15 +125,53 @@ fn start(config: PairConfig, runtime: &Runtime) -> Running {
         interconnect,
         events,
         runtime: runtime.handle().clone(),
+        standing: BTreeSet::new(),
     }
 }
 
 impl Running {
-    fn next(&mut self) -> LinkEvent {
-        self.runtime
+    /// The next event, whatever it is. Links come and go only within a session.
+    fn any(&mut self) -> LinkEvent {
+        let event = self
+            .runtime
             .block_on(async { tokio::time::timeout(PATIENCE, self.events.recv()).await })
             .expect("an event in time")
-            .expect("events go on")
+            .expect("events go on");
+        match &event {
+            LinkEvent::LinkUp { link, .. } => assert!(self.standing.insert(*link)),
+            LinkEvent::LinkDown { link, .. } => assert!(self.standing.remove(link)),
+            LinkEvent::Up { .. } | LinkEvent::Down { .. } => assert!(self.standing.is_empty()),
+            _ => {}
+        }
+        event
+    }
+
+    /// Wait until just these links stand, within the session.
+    fn links_up(&mut self, want: &[usize]) {
+        let want: BTreeSet<usize> = want.iter().copied().collect();
+        while self.standing != want {
+            if let LinkEvent::Down { reason, .. } = self.any() {
+                panic!("session down: {reason}");
+            }
+        }
+    }
+
+    /// The next event about more than a single link.
+    fn next(&mut self) -> LinkEvent {
+        loop {
+            match self.any() {
+                LinkEvent::LinkUp { .. } | LinkEvent::LinkDown { .. } => {}
+                event => return event,
+            }
+        }
+    }
+
+    fn control_frame(&mut self) -> Frame {
+        loop {
+            if let LinkEvent::Control { frame, .. } = self.next() {
+                return frame;
+            }
+        }
     }
 
     fn up(&mut self) -> (SessionId, Hello) {
@@ -122,9 +198,14 @@ impl Running {
     }
 
     fn lane(&mut self) -> mpsc::Receiver<Frame> {
+        self.lane_of(VM)
+    }
+
+    fn lane_of(&mut self, of: VmId) -> mpsc::Receiver<Frame> {
         loop {
-            if let LinkEvent::EpochLane { rx, vm: VM, .. } = self.next() {
-                return rx;
+            match self.next() {
+                LinkEvent::EpochLane { rx, vm, .. } if vm == of => return rx,
+                _ => {}
             }
         }
     }
