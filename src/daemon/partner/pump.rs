@@ -75,6 +75,15 @@ impl Pump {
                     tracing::warn!(%partner, %vm, "an epoch lane for a VM that has no standby here");
                 }
             }
+            LinkEvent::LinkUp { link, path, .. } => {
+                tracing::info!(%partner, link, local = %path.0, peer = %path.1, "link up");
+            }
+            LinkEvent::LinkDown { link, reason, .. } => {
+                tracing::warn!(%partner, link, "link down: {reason}");
+            }
+            LinkEvent::IoLane { vm, .. } => {
+                tracing::warn!(%partner, %vm, "an I/O lane for a VM whose paths nobody serves here");
+            }
             LinkEvent::Refused { reason } => {
                 tracing::error!(%partner, "{reason}");
                 self.log.refused(reason);
