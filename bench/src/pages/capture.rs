@@ -1,14 +1,15 @@
 //! Dirty sets of a running guest, epoch by epoch, as the daemon collects them.
 
-use super::guest::{Guest, RAM_MIB};
+use super::guest::{Guest, Load, RAM_MIB};
+use super::xbzrle::{self, Xbzrle};
 use anyhow::{Context, Result, ensure};
-use interconnect::codec::{PAGE_BYTES, Page};
+use interconnect::codec::{CodecChoice, CodecVersion, EncodePolicy, PAGE_BYTES, Page};
 use pollux::interpose::memory::{Staging, Tracker};
 use serde_json::json;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// First bytes of a file of captured pages.
 const MAGIC: [u8; 8] = *b"PLXPGS02";
@@ -36,6 +37,15 @@ pub struct Capture {
     pub epoch_ms: f64,
 }
 
+/// Let redis fill its data set.
+fn warm(load: &Load) {
+    let began = Instant::now();
+    while load.done() < WARM_REQUESTS && began.elapsed() < WARM_MAX {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    eprintln!("{} requests in {:?}", load.done(), began.elapsed());
+}
+
 impl Capture {
     /// Boot a guest, load it, and capture `epochs` epochs of about `pages` dirty pages.
     ///
@@ -44,11 +54,15 @@ impl Capture {
     pub fn take(epochs: usize, pages: u64) -> Result<Self> {
         let mut guest = Guest::boot()?;
         let load = guest.load()?;
-        let began = std::time::Instant::now();
-        while load.done() < WARM_REQUESTS && began.elapsed() < WARM_MAX {
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        eprintln!("{} requests in {:?}", load.done(), began.elapsed());
+        warm(&load);
+        Self::of(&mut guest, epochs, pages)
+    }
+
+    /// The same of a guest that runs under load already.
+    ///
+    /// # Errors
+    /// What failed.
+    pub fn of(guest: &mut Guest, epochs: usize, pages: u64) -> Result<Self> {
         let pid = i32::try_from(guest.pid())?;
         let mut tracker = Tracker::attach(pid, &guest.ram_file(), RAM_MIB << 20)?;
         let all = tracker.pages();
@@ -110,6 +124,8 @@ impl Capture {
                 capture.epochs.push(epoch);
             }
         }
+        guest.qmp("cont", json!({}))?;
+        tracker.detach()?;
         Ok(capture)
     }
 
@@ -127,6 +143,35 @@ impl Capture {
         let taken = Self::take(epochs, pages)?;
         taken.write(&path)?;
         Ok(taken)
+    }
+
+    /// As [`Self::kept`], and what XBZRLE makes of the same guest under the same load, with a
+    /// cache as large as the bases of patches. `fresh`: not what is kept.
+    ///
+    /// # Errors
+    /// What failed.
+    pub fn kept_with_xbzrle(epochs: usize, pages: u64, fresh: bool) -> Result<(Self, Xbzrle)> {
+        let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bench"))
+            .join(format!("pages-{epochs}x{pages}.bin"));
+        let figures = path.with_extension("json");
+        if !fresh {
+            let theirs = std::fs::read(&figures).ok();
+            let theirs = theirs.and_then(|text| serde_json::from_slice(&text).ok());
+            if let (Ok(found), Some(theirs)) = (Self::read(&path), theirs) {
+                return Ok((found, theirs));
+            }
+        }
+        eprintln!("captures pages of the test guest under load, then lets QEMU migrate it");
+        let mut guest = Guest::boot()?;
+        let load = guest.load()?;
+        warm(&load);
+        let taken = Self::of(&mut guest, epochs, pages)?;
+        taken.write(&path)?;
+        let cache = EncodePolicy::for_guest(RAM_MIB << 20, CodecChoice::Auto, CodecVersion::V2);
+        let theirs = xbzrle::measure(&mut guest, cache.base_bytes_max)?;
+        std::fs::write(&figures, serde_json::to_vec(&theirs)?)?;
+        load.stop()?;
+        Ok((taken, theirs))
     }
 
     fn write(&self, path: &Path) -> Result<()> {

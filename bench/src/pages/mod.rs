@@ -6,5 +6,7 @@
 
 pub mod capture;
 pub mod guest;
+pub mod pair;
+pub mod xbzrle;
 
 pub use capture::{Capture, Epoch};

@@ -6,7 +6,7 @@ use super::seeder::{self, SeedJob, Seeded};
 use super::sender::{self, SenderConfig, SenderHandle};
 use crate::daemon::clock::now_ns;
 use crate::daemon::control::ControlMsg;
-use crate::daemon::figures::EpochSample;
+use crate::daemon::figures::{EncodeSample, EpochSample};
 use crate::interpose::checkpoint::{CutTimings, capture_blocks_prefix};
 use crate::interpose::memory::{Staging, Tracker};
 use crate::mirror::{LaneLevel, PrimaryInput};
@@ -35,6 +35,8 @@ pub struct InFlight {
     pub pages: u64,
     /// Bytes on the wire, once sent.
     pub wire_bytes: u64,
+    /// Its encoding, once sent.
+    pub encode: Option<EncodeSample>,
 }
 
 impl InFlight {
@@ -52,6 +54,7 @@ impl InFlight {
             length_us: self.resumed_ns.saturating_sub(self.began_ns) / 1000,
             pages: self.pages,
             wire_bytes: self.wire_bytes,
+            encode: self.encode,
         }
     }
 }

@@ -217,6 +217,7 @@ impl PrimarySide {
             capture_us: collected.wall_us,
             pages,
             wire_bytes: 0,
+            encode: None,
         });
         self.resumed_ns = resumed_ns;
         let egress = held_egress(&self.parts.ports, epoch);

@@ -389,6 +389,7 @@ impl PrimarySide {
             | WorkerEvent::Verdict { .. }
             | WorkerEvent::Lane { .. }
             | WorkerEvent::Whole(_)
+            | WorkerEvent::Applied { .. }
             | WorkerEvent::Bad { .. }
             | WorkerEvent::Blocks(_) => {}
         }
@@ -508,6 +509,7 @@ impl PrimarySide {
             Ok(bytes) => {
                 if let Some(e) = attempt.in_flight.iter_mut().find(|e| e.epoch == epoch) {
                     e.wire_bytes = bytes;
+                    e.encode = Some((&sent.stats).into());
                 }
             }
             Err(reason) => self.input(PrimaryInput::SendFailed { epoch, reason }),
