@@ -305,6 +305,10 @@ impl LaneSender {
         links: &mut Links,
         now: Micros,
     ) -> Result<(), AckError> {
+        // A lane that is done or abandoned waits for nothing.
+        if self.is_done() {
+            return Ok(());
+        }
         let LaneAck {
             delivered,
             received,
@@ -352,6 +356,9 @@ impl LaneSender {
             self.strike(self.first);
             self.entries.pop_front();
             self.first += 1;
+        }
+        if self.is_done() {
+            self.release(links, now);
         }
         Ok(())
     }
@@ -468,13 +475,19 @@ impl LaneSender {
         self.queue.expired()
     }
 
-    /// Nobody wants the lane any more: forget all of it. Its streams are to be reset.
-    pub fn abandon(&mut self, links: &mut Links, now: Micros) {
+    /// Count nothing of this lane as on its way: a link may have yet to say that copies and
+    /// last segments came, and nobody will be there to hear it.
+    fn release(&mut self, links: &mut Links, now: Micros) {
         for (index, flight) in (0u8..).zip(&mut self.flights) {
-            let flying = std::mem::take(flight).flying;
-            let bytes = flying.iter().map(|flying| flying.counts).sum();
+            let bytes = flight.flying.drain(..).map(|flying| flying.counts).sum();
+            flight.returned = flight.sent;
             links.returned(LinkIndex(index), self.class, bytes, now);
         }
+    }
+
+    /// Nobody wants the lane any more: forget all of it. Its streams are to be reset.
+    pub fn abandon(&mut self, links: &mut Links, now: Micros) {
+        self.release(links, now);
         *self = Self::new(self.class, 0, self.window_bytes);
         self.queue.finish();
         self.fin_sent = true;

@@ -98,6 +98,11 @@ fn joins_and_starts_come_back_or_are_refused() {
             class: LaneClass::Control,
             ..start()
         },
+        LaneStart {
+            class: LaneClass::Epoch,
+            answers: LaneId(1),
+            ..start()
+        },
     ] {
         assert!(LaneStart::parse(&bad.encode()).is_err());
     }
