@@ -200,18 +200,17 @@ impl LaneSender {
         let views = links.views(self.class, now);
         self.rescue(&views);
         let here = bit(usize::from(link.0));
-        let again = loop {
-            let Some(&number) = self.again.first() else {
-                break None;
-            };
-            match self.entry(number) {
-                // The link it is on is well again (or this one, the only one).
-                Some(entry) if entry.on & (self.up | here) == 0 => {
-                    break Some((number, entry.counts()));
-                }
-                _ => self.strike(number),
-            };
-        };
+        // Those that are on their way on a link that is well again need not go again. Those
+        // that are on their way here stay, for another link to take.
+        let up = self.up;
+        let needless = |entry: Option<&Entry>| entry.is_none_or(|entry| entry.on & up != 0);
+        while let Some(&number) = self.again.iter().find(|n| needless(self.entry(**n))) {
+            self.strike(number);
+        }
+        let again = self.again.iter().find_map(|&number| {
+            let entry = self.entry(number)?;
+            (entry.on & here == 0).then(|| (number, entry.counts()))
+        });
         let takes = |segment: u64| {
             let backlog = match self.class {
                 LaneClass::Epoch => (self.queue.bytes() + self.again_bytes).max(segment),

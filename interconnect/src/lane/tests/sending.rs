@@ -233,6 +233,17 @@ fn an_overdue_link_is_told_once_and_its_segments_go_over_another_one() {
 }
 
 #[test]
+fn a_suspect_link_that_asks_takes_nothing_from_the_one_that_is_well() {
+    let (mut sender, mut links) = three_on_a_suspect();
+    for offset in 0..3 {
+        assert_eq!(sender.next(index(0), &mut links, NOW), None);
+        let copy = sender.next(index(1), &mut links, NOW).unwrap();
+        assert!(copy.again);
+        assert_eq!(copy.header.offset, offset * SEGMENT_BYTES_MAX as u64);
+    }
+}
+
+#[test]
 fn what_arrives_after_all_goes_out_no_more() {
     let (mut sender, mut links) = three_on_a_suspect();
     sender.next(index(1), &mut links, NOW).unwrap();
