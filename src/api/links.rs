@@ -132,6 +132,19 @@ pub struct VmEncoding {
     pub figures: EncodeFigures,
 }
 
+/// How far the links are behind a VM's epochs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkLag {
+    /// Bytes on the epoch lane that the partner has not.
+    pub bytes: u64,
+    /// Time until it has them, microseconds; `None` while nobody knows what the links carry.
+    pub drains_us: Option<u64>,
+    /// Share of its time that the guest was held back for it in its last epoch, per mille.
+    pub held_permille: u16,
+    /// The link (from 0) that is most behind, or carries nothing; `None` if all are alike.
+    pub limiting_link: Option<usize>,
+}
+
 /// The encoder's figures over the recent epochs (a window of
 /// [`super::types::EPOCH_WINDOW`]).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

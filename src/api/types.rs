@@ -102,6 +102,9 @@ pub struct VmStatus {
     pub committed: u64,
     /// Age of the newest committed epoch, microseconds.
     pub lag_us: Option<u64>,
+    /// How far the links are behind; None while they keep up or nothing goes over them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_lag: Option<super::links::LinkLag>,
     /// Seeding progress.
     pub seeding: Option<SeedingStatus>,
     /// Figures of the recent epochs.

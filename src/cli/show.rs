@@ -152,6 +152,30 @@ pub(super) fn vm_details(vm: &VmStatus) -> String {
             n.to_string()
         });
     }
+    if let Some(e) = vm.epochs.as_ref().and_then(|e| e.encoding.as_ref()) {
+        let _ = writeln!(
+            out,
+            "encoding    {} -> {} KiB ({:.1} to 1), {} an epoch; pages: {} zero, {} unchanged, {} differences, {} compressed, {} as they are",
+            e.raw_bytes >> 10,
+            e.encoded_bytes >> 10,
+            e.ratio().unwrap_or(1.0),
+            micros(e.encode_us.p50),
+            e.pages_zero,
+            e.pages_unchanged,
+            e.pages_delta,
+            e.pages_compressed,
+            e.pages_raw,
+        );
+    }
+    if let Some(lag) = &vm.link_lag {
+        let drains = lag.drains_us.map_or("?".into(), micros);
+        let _ = writeln!(
+            out,
+            "links       behind by {} KiB, {drains}; the guest is held back {} % of its time",
+            lag.bytes >> 10,
+            lag.held_permille / 10
+        );
+    }
     if let Some(f) = &vm.last_failover {
         let span = |from: u64, to: u64| micros(to.saturating_sub(from) / 1000);
         let _ = writeln!(

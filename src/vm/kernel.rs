@@ -3,9 +3,11 @@
 //! Must never: take a version number as proof of what can be tried. Each thing is
 //! tried on this very process.
 
+use crate::interpose::memory::PAGE_SIZE;
+use crate::interpose::memory::uapi::{enable_async_wp, is_tracked};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 
 /// Why this host cannot mirror a VM.
 #[derive(Debug, thiserror::Error)]
@@ -57,65 +59,18 @@ pub fn check_host() -> Result<(), HostError> {
     }
     try_pagemap_scan().map_err(|why| HostError::NoPagemapScan { why })?;
     let fd = open_userfaultfd().map_err(|why| HostError::NoUserfaultfd { why })?;
-    try_write_tracking(&fd).map_err(|why| HostError::NoWriteTracking { why })
+    enable_async_wp(&fd).map_err(|why| HostError::NoWriteTracking { why })
 }
-
-/// `struct pm_scan_arg` (Linux include/uapi/linux/fs.h).
-#[repr(C)]
-#[derive(Default)]
-struct PmScanArg {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-/// `struct page_region` (the same header).
-#[repr(C)]
-#[derive(Default)]
-struct PageRegion {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-/// `_IOWR('f', 16, struct pm_scan_arg)`.
-const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
-const _: () = assert!(size_of::<PmScanArg>() == 0x60);
-const PAGE_IS_PRESENT: u64 = 1 << 3;
 
 fn try_pagemap_scan() -> io::Result<()> {
-    #[repr(align(4096))]
-    struct Page([u8; 4096]);
-    let page = Box::new(Page([1; 4096]));
+    let page = Box::new([1_u8; PAGE_SIZE]);
     let pagemap = File::open("/proc/self/pagemap")?;
-    let mut region = PageRegion::default();
-    let start = page.0.as_ptr() as u64;
-    let mut arg = PmScanArg {
-        size: size_of::<PmScanArg>() as u64,
-        start,
-        end: start + 4096,
-        vec: (&raw mut region) as u64,
-        vec_len: 1,
-        category_mask: PAGE_IS_PRESENT,
-        return_mask: PAGE_IS_PRESENT,
-        ..PmScanArg::default()
-    };
-    // SAFETY: `arg` has the layout and size the request encodes; `vec` points to one region
-    // that outlives the call; the scanned page is only looked at.
-    let result = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    // Where a page lies does not matter, and looking at one changes nothing.
+    is_tracked(
+        &pagemap,
+        page.as_ptr().expose_provenance() as u64 & !(PAGE_SIZE as u64 - 1),
+    )
+    .map(drop)
 }
 
 fn open_userfaultfd() -> io::Result<OwnedFd> {
@@ -136,35 +91,16 @@ fn open_userfaultfd() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn try_write_tracking(fd: &OwnedFd) -> io::Result<()> {
-    /// `struct uffdio_api` (Linux include/uapi/linux/userfaultfd.h).
-    #[repr(C)]
-    struct Api {
-        api: u64,
-        features: u64,
-        ioctls: u64,
-    }
-    /// `_IOWR(0xAA, 0x3f, struct uffdio_api)`.
-    const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
-    const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
-    const WP_UNPOPULATED: u64 = 1 << 13;
-    const WP_ASYNC: u64 = 1 << 15;
-    let mut api = Api {
-        api: 0xaa,
-        features: WP_ASYNC | WP_HUGETLBFS_SHMEM | WP_UNPOPULATED,
-        ioctls: 0,
-    };
-    // SAFETY: `api` has the layout and size the request encodes and outlives the call.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The tests of the tracker need such a host anyway.
+    #[test]
+    fn this_kernel_tracks_writes() {
+        try_pagemap_scan().unwrap();
+        enable_async_wp(open_userfaultfd().unwrap()).unwrap();
+    }
 
     #[test]
     fn a_host_without_the_ioctl_says_what_to_boot() {

@@ -18,6 +18,7 @@
 
 mod attempt;
 mod busy;
+mod closing;
 mod cutting;
 mod ingress;
 mod parts;
@@ -132,6 +133,13 @@ pub enum WorkerEvent {
     Seeded(Box<seeder::Seeded>),
     /// An epoch arrived whole.
     Whole(Box<ReceivedEpoch>),
+    /// The applier is done with an epoch.
+    Applied {
+        /// Which.
+        epoch: Epoch,
+        /// What promotion needs of it, or why it is not applied.
+        outcome: Result<Box<standby::applier::LastApplied>, String>,
+    },
     /// An epoch or its lane is bad.
     Bad {
         /// Which, as far as known.

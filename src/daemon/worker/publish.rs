@@ -37,6 +37,7 @@ impl Shared {
             epoch: 0,
             committed: 0,
             lag_us: None,
+            link_lag: None,
             seeding: None,
             epochs: None,
             last_failover: None,
@@ -120,6 +121,7 @@ impl Shared {
             s.role = Role::Stopped;
             s.state = "stopped".into();
             s.mirrored = false;
+            s.link_lag = None;
             s.seeding = None;
             s.lag_us = None;
             s.qemu_pid = None;

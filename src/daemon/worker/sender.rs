@@ -253,6 +253,7 @@ fn send(
         }
         job.meta.audit = audit.sums();
     }
+    super::closing::wait_for_room(&lane);
     // The lease counts from here: the standby cannot acknowledge before it has the end.
     let closing = WorkerEvent::Closing {
         generation: config.generation,

@@ -30,7 +30,7 @@ pub mod seed;
 pub mod staging;
 mod tracee;
 pub mod tracker;
-mod uapi;
+pub(crate) mod uapi;
 
 pub use image::{ImageError, RamImage, RamView};
 pub use inject::{InjectError, userfaultfd_in};

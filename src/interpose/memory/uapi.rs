@@ -116,7 +116,7 @@ fn ioctl<T>(fd: impl AsFd, request: u64, argument: &mut T) -> io::Result<i32> {
 
 /// Handshake: asynchronous write protection of shared memory, unpopulated pages
 /// included. Once per userfaultfd.
-pub(super) fn enable_async_wp(uffd: impl AsFd) -> io::Result<()> {
+pub(crate) fn enable_async_wp(uffd: impl AsFd) -> io::Result<()> {
     let mut api = UffdioApi {
         api: UFFD_API,
         features: FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC,
@@ -166,7 +166,7 @@ pub(super) fn pagemap_scan(
 }
 
 /// True if the page at `address` is mapped and under asynchronous write protection.
-pub(super) fn is_tracked(pagemap: impl AsFd, address: u64) -> io::Result<bool> {
+pub(crate) fn is_tracked(pagemap: impl AsFd, address: u64) -> io::Result<bool> {
     let mut found = [PageRegion::default()];
     let page = address..address + super::PAGE_SIZE as u64;
     let (filled, _) = scan(pagemap, page, 0, PAGE_IS_WPALLOWED, &mut found)?;

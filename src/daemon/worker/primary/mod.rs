@@ -389,6 +389,7 @@ impl PrimarySide {
             | WorkerEvent::Verdict { .. }
             | WorkerEvent::Lane { .. }
             | WorkerEvent::Whole(_)
+            | WorkerEvent::Applied { .. }
             | WorkerEvent::Bad { .. }
             | WorkerEvent::Blocks(_) => {}
         }
