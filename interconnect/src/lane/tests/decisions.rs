@@ -89,7 +89,7 @@ proptest! {
 #[test]
 fn no_link_has_more_on_its_way_than_its_wire_holds() {
     let full = in_flight_max(&up(GB, 100, 0));
-    assert_eq!(full, 4_100_000);
+    assert_eq!(full, 1000 * (100 + QUEUE_DELAY.0));
     assert_eq!(who(&views(&[up(GB, 100, full)]), SEGMENT, GB), [0_usize; 0]);
     assert_eq!(
         who(&views(&[up(GB, 100, full - SEGMENT)]), SEGMENT, GB),
