@@ -6,6 +6,34 @@ use crate::api::types::{EPOCH_WINDOW, EpochFigures, Event, Percentiles};
 use interconnect::codec::EncodeStats;
 use std::collections::VecDeque;
 
+/// What encoding one epoch took and gave, as far as the status shows it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct EncodeSample {
+    raw_bytes: u64,
+    encoded_bytes: u64,
+    encode_us: u64,
+    zero: u64,
+    unchanged: u64,
+    delta: u64,
+    compressed: u64,
+    raw: u64,
+}
+
+impl From<&EncodeStats> for EncodeSample {
+    fn from(stats: &EncodeStats) -> Self {
+        Self {
+            raw_bytes: stats.plain_bytes(),
+            encoded_bytes: stats.wire_bytes(),
+            encode_us: stats.encode_ns() / 1000,
+            zero: stats.zero,
+            unchanged: stats.unchanged,
+            delta: stats.patched,
+            compressed: stats.packed,
+            raw: stats.raw,
+        }
+    }
+}
+
 /// One committed epoch, times in microseconds.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct EpochSample {
@@ -29,8 +57,8 @@ pub struct EpochSample {
     pub pages: u64,
     /// Bytes on the wire.
     pub wire_bytes: u64,
-    /// What encoding it took and gave.
-    pub encode: EncodeStats,
+    /// Its encoding; None if that was never told.
+    pub encode: Option<EncodeSample>,
 }
 
 /// The ring of epochs.
@@ -78,28 +106,25 @@ impl Figures {
             encoding: self.encoding(),
         })
     }
-}
 
-impl Figures {
-    /// What the encoder made of the epochs of the window.
     fn encoding(&self) -> Option<EncodeFigures> {
-        let sum = |pick: fn(&EncodeStats) -> u64| self.window.iter().map(|s| pick(&s.encode)).sum();
-        let mut encode_us: Vec<u64> = self
-            .window
-            .iter()
-            .map(|s| s.encode.encode_ns() / 1000)
-            .collect();
-        let figures = EncodeFigures {
-            raw_bytes: sum(EncodeStats::plain_bytes),
-            encoded_bytes: sum(EncodeStats::wire_bytes),
-            encode_us: Percentiles::of(&mut encode_us),
-            pages_zero: sum(|e| e.zero),
-            pages_unchanged: sum(|e| e.unchanged),
-            pages_delta: sum(|e| e.patched),
-            pages_compressed: sum(|e| e.packed),
-            pages_raw: sum(|e| e.raw),
-        };
-        (figures.encoded_bytes > 0).then_some(figures)
+        let mut times = Vec::with_capacity(self.window.len());
+        let mut figures = EncodeFigures::default();
+        for sample in self.window.iter().filter_map(|s| s.encode) {
+            times.push(sample.encode_us);
+            figures.raw_bytes += sample.raw_bytes;
+            figures.encoded_bytes += sample.encoded_bytes;
+            figures.pages_zero += sample.zero;
+            figures.pages_unchanged += sample.unchanged;
+            figures.pages_delta += sample.delta;
+            figures.pages_compressed += sample.compressed;
+            figures.pages_raw += sample.raw;
+        }
+        if times.is_empty() {
+            return None;
+        }
+        figures.encode_us = Percentiles::of(&mut times);
+        Some(figures)
     }
 }
 
@@ -133,27 +158,42 @@ mod tests {
     use super::{EPOCH_WINDOW, EVENTS_MAX, EncodeStats, EpochSample, EventLog, Figures};
 
     #[test]
-    fn rings_are_bounded_and_keep_the_newest() {
+    fn encoding_is_summed_over_the_epochs_that_tell_of_it() {
         let mut figures = Figures::default();
-        assert!(figures.summary().is_none());
-        figures.push(EpochSample {
-            encode: EncodeStats {
+        for encode in [
+            None,
+            Some(&EncodeStats {
+                raw: 1,
                 zero: 3,
-                patched: 5,
-                page_wire_bytes: 1024,
+                page_wire_bytes: 4096,
                 pack_ns: 7_000,
                 ..EncodeStats::default()
-            },
-            ..EpochSample::default()
-        });
+            }),
+            Some(&EncodeStats {
+                packed: 1,
+                page_wire_bytes: 1024,
+                ..EncodeStats::default()
+            }),
+        ] {
+            figures.push(EpochSample {
+                encode: encode.map(Into::into),
+                ..EpochSample::default()
+            });
+        }
         let encoding = figures.summary().unwrap().encoding.unwrap();
         assert_eq!(
             (encoding.raw_bytes, encoding.encoded_bytes),
-            (8 * 4096, 1024)
+            (5 * 4096, 5 * 1024)
         );
-        assert_eq!((encoding.pages_zero, encoding.pages_delta), (3, 5));
-        assert_eq!((encoding.encode_us.max, encoding.ratio()), (7, Some(32.0)));
+        assert_eq!(encoding.ratio(), Some(4.0));
+        assert_eq!((encoding.pages_raw, encoding.pages_compressed), (1, 1));
+        assert_eq!(encoding.encode_us.max, 7);
+    }
+
+    #[test]
+    fn rings_are_bounded_and_keep_the_newest() {
         let mut figures = Figures::default();
+        assert!(figures.summary().is_none());
         for i in 0..EPOCH_WINDOW as u64 + 10 {
             figures.push(EpochSample {
                 pause_us: i,
@@ -161,6 +201,7 @@ mod tests {
             });
         }
         let s = figures.summary().unwrap();
+        assert!(s.encoding.is_none(), "nobody has told of it");
         assert_eq!(
             (s.window, s.committed),
             (EPOCH_WINDOW as u64, EPOCH_WINDOW as u64 + 10)

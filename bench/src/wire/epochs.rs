@@ -172,7 +172,9 @@ fn stream(plan: &Plan, running: &Running, acked: &mpsc::Receiver<u64>) -> Result
     // Bytes that no layer could shorten: a linear congruence's high byte.
     let mut state = 1_u64;
     let noise: Vec<u8> = std::iter::repeat_with(|| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         state.to_be_bytes()[0]
     })
     .take(BATCH_PAGES * PAGE_BYTES)
@@ -222,7 +224,6 @@ fn stream(plan: &Plan, running: &Running, acked: &mpsc::Receiver<u64>) -> Result
     drop(lane);
     Ok(report)
 }
-
 
 /// What of a stream is needed by whoever judges it: the usual time and the longest, in ms.
 ///

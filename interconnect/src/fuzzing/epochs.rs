@@ -1,11 +1,14 @@
 //! Epochs from frames of any content, and from whole epochs that were tampered with.
 
 use super::{DISK_BYTES, GUEST_PAGES, Script, VM, frame_of};
-use crate::codec::{DiskOp, DiskWrite, EncodePolicy, LinkFacts, PAGE_BYTES, PageContent};
+use crate::codec::{
+    CodecChoice, DiskOp, DiskWrite, EncodePolicy, LinkFacts, PAGE_BYTES, Page, PageContent,
+};
 use crate::epoch::{EpochAssembler, EpochLimits, EpochMeta, EpochWriter, ReceivedEpoch};
 use crate::frame::{Frame, FrameKind};
 use crate::ids::{Epoch, Generation};
 use bytes::Bytes;
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 
 /// Epochs of a run.
@@ -53,22 +56,33 @@ fn any_frames(mut script: Script<'_>) {
     }
 }
 
-/// What an epoch holds, but for what its last frame says of it.
+/// What an epoch holds, but for what its last frame says of it; its pages as they are once
+/// it was applied.
 #[derive(PartialEq, Debug, Default)]
 struct Content {
-    pages: Vec<(u64, Option<Vec<u8>>)>,
+    pages: Vec<(u64, Page)>,
     disk: Vec<DiskWrite>,
     state: Bytes,
 }
 
-impl Content {
-    fn of(epoch: &ReceivedEpoch) -> Self {
-        let pages = epoch.pages().map(|(index, content)| match content {
-            PageContent::Raw(page) => (index, Some(page.to_vec())),
-            PageContent::Patch(patch) => (index, Some(format!("{patch:?}").into_bytes())),
-            PageContent::Zero => (index, None),
+/// A guest's memory.
+#[derive(Default)]
+struct Memory(BTreeMap<u64, Page>);
+
+impl Memory {
+    fn apply(&mut self, epoch: &ReceivedEpoch) -> Content {
+        let pages = epoch.pages().map(|(index, content)| {
+            let page = self.0.entry(index).or_insert([0; PAGE_BYTES]);
+            match content {
+                PageContent::Zero => *page = [0; PAGE_BYTES],
+                PageContent::Raw(raw) => *page = *raw,
+                PageContent::Patch(patch) => {
+                    patch.apply(page).expect("a patch in its order applies");
+                }
+            }
+            (index, *page)
         });
-        Self {
+        Content {
             pages: pages.collect(),
             disk: epoch.disk.clone(),
             state: epoch.device_state.clone(),
@@ -116,17 +130,26 @@ fn write(script: &mut Script<'_>, writer: &mut EpochWriter, frames: &mut Vec<Fra
 /// Epochs made from the script, whole; then some frames are dropped, doubled, moved, changed
 /// or moved into another epoch. Only whole epochs as they were sent may come out, in order.
 fn tampered(mut script: Script<'_>) {
-    let mut writer = EpochWriter::new(VM, Generation(1), EncodePolicy::default());
+    let codec = match script.u8() & 3 {
+        0 => CodecChoice::Raw,
+        1 => CodecChoice::Lz4,
+        _ => CodecChoice::Zstd,
+    };
+    let policy = EncodePolicy {
+        codec,
+        ..EncodePolicy::default()
+    };
+    let mut writer = EpochWriter::new(VM, Generation(1), policy);
     let mut frames = Vec::new();
     for epoch in 1..=EPOCHS {
         writer.begin(Epoch(epoch), LinkFacts::default());
         write(&mut script, &mut writer, &mut frames);
     }
-    let mut sent = Vec::new();
+    let (mut sent, mut memory) = (Vec::new(), Memory::default());
     let mut whole = assembler();
     for frame in &frames {
         let epoch = whole.push(frame.clone()).expect("an epoch as it was sent");
-        sent.extend(epoch.as_ref().map(Content::of));
+        sent.extend(epoch.map(|epoch| memory.apply(&epoch)));
     }
     assert_eq!(sent.len() as u64, EPOCHS);
 
@@ -151,14 +174,12 @@ fn tampered(mut script: Script<'_>) {
             }
         }
     }
-    let (mut assembler, mut next) = (assembler(), 1);
+    let (mut assembler, mut memory, mut next) = (assembler(), Memory::default(), 1);
     for frame in frames {
         if let Ok(Some(epoch)) = assembler.push(frame) {
             assert_eq!(epoch.epoch, Epoch(next));
-            assert_eq!(
-                Some(&Content::of(&epoch)),
-                sent.get(usize::try_from(next).unwrap_or(0) - 1)
-            );
+            let as_sent = sent.get(usize::try_from(next).unwrap_or(0) - 1);
+            assert_eq!(Some(&memory.apply(&epoch)), as_sent);
             next += 1;
         }
     }

@@ -10,11 +10,12 @@
 
 mod epochs;
 mod lanes;
+mod people;
 
 use crate::codec::pages::{DecodeBuffers, PageBatch};
 use crate::codec::{
-    Codec, CodecVersion, DiskOp, PAGE_BYTES, decode_delta, decode_disk_writes, decode_packets,
-    encode_delta, encode_packets,
+    Codec, CodecVersion, DiskOp, PAGE_BYTES, PageContent, decode_delta, decode_disk_writes,
+    decode_packets, encode_delta, encode_packets,
 };
 use crate::frame::{self, Frame, FrameDecoder, FrameKind, HEADER_BYTES};
 use crate::ids::{Epoch, Generation, VmId};
@@ -36,10 +37,13 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("lane_receiver", lanes::receiver),
     ("lane_sender", lanes::sender),
     ("lane_start", lanes::start),
+    ("meeting", people::meeting),
     ("packets", packets),
     ("pages", pages),
+    ("probe", people::probe),
     ("records", lanes::records),
     ("segments", lanes::segments),
+    ("texts", people::texts),
 ];
 
 /// Run the target of this name.
@@ -152,17 +156,20 @@ pub(crate) const DISK_BYTES: [u64; 2] = [1 << 20, 3 << 12];
 pub(crate) const VM: VmId = VmId(*b"the fuzzed guest");
 
 fn pages(data: &[u8]) {
-    let batch = Bytes::copy_from_slice(data);
-    let Ok(batch) = PageBatch::decode(&batch, GUEST_PAGES, &DecodeBuffers::default()) else {
+    let (batch, buffers) = (Bytes::copy_from_slice(data), DecodeBuffers::default());
+    let Ok(batch) = PageBatch::decode(&batch, GUEST_PAGES, &buffers) else {
         return;
     };
-    let mut count = 0;
-    for (index, _) in batch.pages() {
+    let (mut count, mut page) = (0, [7; PAGE_BYTES]);
+    for (index, content) in batch.pages() {
         assert!(index < GUEST_PAGES);
+        if let PageContent::Patch(patch) = content {
+            let _ = patch.apply(&mut page);
+        }
         count += 1;
     }
     assert_eq!(count, batch.len());
-    assert!(batch.held_bytes() <= (data.len() + count * (PAGE_BYTES + 16)) as u64);
+    assert!(batch.held_bytes() <= (data.len() + count * (PAGE_BYTES + 64)) as u64);
 }
 
 fn disk(data: &[u8]) {
@@ -187,8 +194,8 @@ fn packets(data: &[u8]) {
     assert_eq!(back[..], packets[..taken]);
 }
 
-/// Byte 0: 0 as it is, 1 against a base this side holds, 2 checksums mended, 3 both; then a
-/// base of so many bytes.
+/// Byte 0: bit 0 against a base this side holds, bit 1 the base's checksum mended, bits 2 and
+/// 3 how it is packed again; then a base of so many bytes.
 fn delta(data: &[u8]) {
     let mut script = Script(data);
     let how = script.u8();
@@ -204,7 +211,8 @@ fn delta(data: &[u8]) {
     let Ok(state) = decode_delta(base, &delta) else {
         return;
     };
-    let again = encode_delta(base, &state, Codec::ZstdFast, CodecVersion::V2)
+    let codec = Codec::ALL[usize::from(how >> 2 & 3)];
+    let again = encode_delta(base, &state, codec, CodecVersion::V2)
         .expect("a state that was decoded can be encoded");
     assert_eq!(decode_delta(base, &again).as_ref(), Ok(&state));
 }

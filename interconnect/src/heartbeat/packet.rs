@@ -121,6 +121,53 @@ impl Keys {
     }
 }
 
+/// A script of datagrams of any content, and of signed ones that are damaged or repeated:
+/// only what was signed is accepted, and only once.
+pub(crate) fn fuzz(data: &[u8]) {
+    let mut script = crate::fuzzing::Script(data);
+    let key = |number: u8| HeartbeatKey {
+        send: [number; 32],
+        receive: [number.wrapping_add(1); 32],
+    };
+    let (mut ours, mut theirs) = (Keys::default(), Keys::default());
+    let mut accepted = std::collections::BTreeSet::new();
+    let mut keys = 0_u8;
+    while !script.is_empty() {
+        match script.u8() % 4 {
+            0 => {
+                let bytes = usize::from(script.u8());
+                assert_eq!(ours.accept(script.take(bytes)), None);
+            }
+            1 if keys < 100 => {
+                keys += 1;
+                ours.add(&key(2 * keys));
+                let HeartbeatKey { send, receive } = key(2 * keys);
+                let mirrored = HeartbeatKey {
+                    send: receive,
+                    receive: send,
+                };
+                theirs.add(&mirrored);
+            }
+            how => {
+                let (link, incarnation) = (u16::from(script.u8()), u64::from(script.u8() & 1));
+                let sequence = u64::from(script.u8());
+                let (at, flip) = (usize::from(script.u8()), script.u8());
+                let Some(mut datagram) = theirs.sign(how == 2, link, incarnation, sequence) else {
+                    continue;
+                };
+                datagram[at % PACKET_BYTES] ^= flip;
+                let heard = ours.accept(&datagram);
+                if let Some(heard) = heard {
+                    assert!(flip == 0 && usize::from(link) < LINKS_MAX);
+                    assert_eq!(heard.incarnation, incarnation);
+                    let slot = if how == 2 { keys } else { keys - 1 };
+                    assert!(accepted.insert((slot, link, sequence)), "a replay");
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -207,52 +254,5 @@ mod tests {
                 .accept(&both.sign(true, 0, 9, 6).unwrap())
                 .is_some()
         );
-    }
-}
-
-/// A script of datagrams of any content, and of signed ones that are damaged or repeated:
-/// only what was signed is accepted, and only once.
-pub(crate) fn fuzz(data: &[u8]) {
-    let mut script = crate::fuzzing::Script(data);
-    let key = |number: u8| HeartbeatKey {
-        send: [number; 32],
-        receive: [number.wrapping_add(1); 32],
-    };
-    let (mut ours, mut theirs) = (Keys::default(), Keys::default());
-    let mut accepted = std::collections::BTreeSet::new();
-    let mut keys = 0_u8;
-    while !script.is_empty() {
-        match script.u8() % 4 {
-            0 => {
-                let bytes = usize::from(script.u8());
-                assert_eq!(ours.accept(script.take(bytes)), None);
-            }
-            1 if keys < 100 => {
-                keys += 1;
-                ours.add(&key(2 * keys));
-                let HeartbeatKey { send, receive } = key(2 * keys);
-                let mirrored = HeartbeatKey {
-                    send: receive,
-                    receive: send,
-                };
-                theirs.add(&mirrored);
-            }
-            how => {
-                let (link, incarnation) = (u16::from(script.u8()), u64::from(script.u8() & 1));
-                let sequence = u64::from(script.u8());
-                let (at, flip) = (usize::from(script.u8()), script.u8());
-                let Some(mut datagram) = theirs.sign(how == 2, link, incarnation, sequence) else {
-                    continue;
-                };
-                datagram[at % PACKET_BYTES] ^= flip;
-                let heard = ours.accept(&datagram);
-                if let Some(heard) = heard {
-                    assert!(flip == 0 && usize::from(link) < LINKS_MAX);
-                    assert_eq!(heard.incarnation, incarnation);
-                    let slot = if how == 2 { keys } else { keys - 1 };
-                    assert!(accepted.insert((slot, link, sequence)), "a replay");
-                }
-            }
-        }
     }
 }

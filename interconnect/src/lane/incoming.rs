@@ -11,9 +11,10 @@ const GAPS_MAX: usize = 256;
 /// Numbers of the partner's lanes seen in a session.
 #[derive(Debug, Default)]
 pub struct IncomingLanes {
-    /// Every lane below this was seen or is in `gaps`.
-    next: u32,
-    gaps: BTreeSet<u32>,
+    /// Every lane below this was seen, is in `gaps`, or is taken for over. One more than a
+    /// lane's number can be.
+    next: u64,
+    gaps: BTreeSet<u64>,
 }
 
 impl IncomingLanes {
@@ -26,15 +27,16 @@ impl IncomingLanes {
     /// Whether this lane starts now: `true` the first time it is asked about. Afterwards it
     /// is known as long as the caller keeps it, and over when it does not.
     pub fn starts(&mut self, lane: LaneId) -> bool {
-        if lane.0 < self.next {
-            return self.gaps.remove(&lane.0);
+        let number = u64::from(lane.0);
+        if number < self.next {
+            return self.gaps.remove(&number);
         }
-        let first = lane.0.saturating_sub(u32::try_from(GAPS_MAX).unwrap_or(0));
-        self.gaps.extend(self.next.max(first)..lane.0);
+        let first = number.saturating_sub(GAPS_MAX as u64);
+        self.gaps.extend(self.next.max(first)..number);
         while self.gaps.len() > GAPS_MAX {
             self.gaps.pop_first();
         }
-        self.next = lane.0.saturating_add(1);
+        self.next = number + 1;
         true
     }
 }
@@ -67,6 +69,8 @@ mod tests {
         assert!(lanes.starts(LaneId(u32::MAX - 1)));
         assert_eq!(lanes.gaps.len(), GAPS_MAX);
         assert!(lanes.starts(LaneId(u32::MAX - 2)));
+        assert!(lanes.starts(LaneId(u32::MAX)));
+        assert!(!lanes.starts(LaneId(u32::MAX)), "the last number, too");
         assert!(!lanes.starts(LaneId(5)), "long over");
     }
 }

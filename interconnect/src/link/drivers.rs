@@ -189,3 +189,96 @@ impl Future for Gather {
         result
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::socket;
+    use quinn::udp::Transmit;
+    use std::net::SocketAddr;
+
+    const PACKET: usize = 1000;
+
+    /// Sends a packet at each poll and wants to go on, `left` times.
+    struct Sends {
+        socket: Arc<BurstSocket>,
+        to: SocketAddr,
+        left: u8,
+    }
+
+    impl Future for Sends {
+        type Output = ();
+
+        fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+            if self.left == 0 {
+                return Poll::Ready(());
+            }
+            let contents = [self.left; 2 * PACKET];
+            let transmit = Transmit {
+                destination: self.to,
+                ecn: None,
+                contents: &contents,
+                segment_size: Some(PACKET),
+                src_ip: None,
+            };
+            let mut writable = Arc::clone(&self.socket).create_io_poller();
+            if writable.as_mut().poll_writable(cx).is_ready()
+                && self.socket.try_send(&transmit).is_ok()
+            {
+                self.left -= 1;
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        }
+    }
+
+    #[test]
+    fn whatever_a_driver_sends_leaves_and_it_gets_to_its_end() {
+        let caller = tokio::runtime::Runtime::new().unwrap();
+        let (runtime, _thread) = own_thread("x", caller.handle()).unwrap();
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        // With a buffer that holds all of it.
+        let receiver = socket::bind(0, any).unwrap();
+        let _entered = runtime.enter();
+        let bound = socket::bind(0, any).unwrap();
+        let socket = socket::for_quic(bound, 1000, 1000).unwrap();
+        let drivers = Drivers::new(Arc::clone(&socket));
+        drivers.spawn(Box::pin(Sends {
+            socket,
+            to: receiver.local_addr().unwrap(),
+            left: 100,
+        }));
+        let patience = std::time::Duration::from_secs(10);
+        receiver.set_read_timeout(Some(patience)).unwrap();
+        let mut buffer = [0; 2 * PACKET];
+        for packet in (1..=100).rev().flat_map(|n| [n, n]) {
+            assert_eq!(receiver.recv(&mut buffer).unwrap(), PACKET);
+            assert_eq!(buffer[0], packet);
+        }
+    }
+
+    #[test]
+    fn a_pair_s_thread_ends_with_the_caller_or_with_its_guard() {
+        let patience = std::time::Duration::from_secs(10);
+        for caller_ends in [true, false] {
+            let caller = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(1)
+                .build()
+                .unwrap();
+            let (runtime, thread) =
+                own_thread("a partner with a long name", caller.handle()).unwrap();
+            let (alive, ended) = std::sync::mpsc::channel::<()>();
+            runtime.spawn(async move {
+                let _alive = alive;
+                std::future::pending::<()>().await;
+            });
+            if caller_ends {
+                caller.shutdown_background();
+            } else {
+                drop(thread);
+            }
+            let error = ended.recv_timeout(patience);
+            assert_eq!(error, Err(std::sync::mpsc::RecvTimeoutError::Disconnected));
+        }
+    }
+}

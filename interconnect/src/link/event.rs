@@ -24,7 +24,6 @@ pub struct Hello {
 
 /// What happens on the interconnect.
 #[derive(Debug)]
-#[non_exhaustive]
 pub enum LinkEvent {
     /// A session stands.
     Up {

@@ -54,6 +54,8 @@ const TICK_MAX: Duration = Duration::from_millis(5);
 const SEND_AHEAD_BYTES: u64 = 512 << 10;
 /// Least that bulk may have in QUIC on a link, in bytes: an epoch of 250 raw pages.
 const SEND_WINDOW_MIN: u64 = 1 << 20;
+/// The same while there is no other way: as much as ever is on its way and as much ahead.
+const SEND_WINDOW_ALONE: u64 = 9 << 20;
 /// What control and I/O may have in QUIC beyond what bulk has filled, in bytes. Bulk fills
 /// the send window; without room of their own the others would wait for it to drain, and
 /// priorities only order what is inside.
@@ -90,8 +92,12 @@ impl Member {
     }
 
     /// Keep what is in QUIC to what goes out soon: it can go no other way any more.
-    fn fit_window(&self, figures: &PathFigures) {
-        let window = send_window(figures);
+    fn fit_window(&self, figures: &PathFigures, alone: bool) {
+        let window = if alone {
+            SEND_WINDOW_ALONE
+        } else {
+            send_window(figures)
+        };
         let before = self.window.load(Ordering::Relaxed);
         // Not for every wobble: it takes QUIC's lock and wakes its task.
         if window.abs_diff(before) > before / 8 {
@@ -472,11 +478,12 @@ impl Outgoing {
     fn tick(&self) -> Option<Duration> {
         let members: Vec<Member> = self.lock().members.iter().flatten().cloned().collect();
         // Not under the lock: QUIC has its own, and holds it while it sends.
+        let alone = members.len() == 1;
         let measures: Vec<_> = members
             .into_iter()
             .map(|member| {
                 let figures = capacity::figures(&member.connection);
-                member.fit_window(&figures);
+                member.fit_window(&figures, alone);
                 let measure = measure(&member, &figures);
                 (member, measure)
             })

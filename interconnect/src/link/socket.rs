@@ -304,10 +304,7 @@ mod tests {
 
     #[test]
     fn a_burst_fits_a_datagram_at_every_packet_size() {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = runtime();
         let _entered = runtime.enter();
         for mtu in [1200, 1452, 1472, 4000, 6551, 8972, 16_000, 65_000] {
             let socket = bind(0, "127.0.0.1:0".parse().unwrap()).unwrap();
@@ -315,6 +312,98 @@ mod tests {
             let packets = socket.max_transmit_segments();
             assert!(packets >= 1);
             assert!(packets * usize::from(mtu) <= 65_507, "{packets} of {mtu}");
+        }
+    }
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    }
+
+    /// `count` packets of `bytes`, each filled with its number from `first` on.
+    fn packets(first: u8, count: u8, bytes: usize) -> Vec<u8> {
+        let packet = |n| std::iter::repeat_n(first + n, bytes);
+        (0..count).flat_map(packet).collect()
+    }
+
+    fn transmit(to: SocketAddr, contents: &[u8], segment_size: Option<usize>) -> Transmit<'_> {
+        Transmit {
+            destination: to,
+            ecn: None,
+            contents,
+            segment_size,
+            src_ip: None,
+        }
+    }
+
+    /// First byte and size of each packet that came.
+    fn received(receiver: &UdpSocket, count: usize) -> Vec<(u8, usize)> {
+        receiver
+            .set_read_timeout(Some(std::time::Duration::from_secs(10)))
+            .unwrap();
+        let mut buffer = [0; 2000];
+        (0..count)
+            .map(|_| {
+                let bytes = receiver.recv(&mut buffer).unwrap();
+                assert!(buffer[..bytes].iter().all(|byte| *byte == buffer[0]));
+                (buffer[0], bytes)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn held_packets_gather_and_leave_whole_and_in_order() {
+        let runtime = runtime();
+        let _entered = runtime.enter();
+        // With a buffer that holds all of it.
+        let receiver = bind(0, "127.0.0.1:0".parse().unwrap()).unwrap();
+        let to = receiver.local_addr().unwrap();
+        let socket = bind(0, "127.0.0.1:0".parse().unwrap()).unwrap();
+        let socket = for_quic(socket, 1000, 1000).unwrap();
+        // The first send of a tokio socket has to learn that it is writable.
+        runtime.block_on(async {
+            let mut writable = Arc::clone(&socket).create_io_poller();
+            std::future::poll_fn(|cx| writable.as_mut().poll_writable(cx))
+                .await
+                .unwrap();
+        });
+        let held = socket.hold();
+        assert!(!socket.has_room());
+        let send = |contents: &[u8], segment| socket.try_send(&transmit(to, contents, segment));
+        send(&packets(0, 10, 1000), Some(1000)).unwrap();
+        assert!(socket.has_room());
+        receiver.set_nonblocking(true).unwrap();
+        assert!(receiver.recv(&mut [0; 10]).is_err(), "left too early");
+        receiver.set_nonblocking(false).unwrap();
+        // One that is larger sends them off and goes by itself.
+        send(&[10; 1200], None).unwrap();
+        assert!(!socket.has_room());
+        send(&packets(11, 10, 1000), Some(1000)).unwrap();
+        send(&packets(21, 10, 1000), Some(1000)).unwrap();
+        // A last one, shorter, ends the burst.
+        send(&[31; 300], None).unwrap();
+        assert!(!socket.has_room());
+        // Too much for one send: the first burst leaves, the second waits.
+        send(&packets(32, 30, 1000), Some(1000)).unwrap();
+        send(&packets(62, 30, 1000), Some(1000)).unwrap();
+        send(&packets(92, 30, 1000), Some(1000)).unwrap();
+        drop(held);
+        assert_eq!(socket.release(), Released::Sent);
+        // Not held: at once.
+        send(&[122; 10], None).unwrap();
+        let came = received(&receiver, 123);
+        let numbers: Vec<u8> = came.iter().map(|packet| packet.0).collect();
+        assert_eq!(numbers, (0..123).collect::<Vec<u8>>());
+        for (number, bytes) in came {
+            let expected = match number {
+                10 => 1200,
+                31 => 300,
+                122 => 10,
+                _ => 1000,
+            };
+            assert_eq!(bytes, expected, "packet {number}");
         }
     }
 

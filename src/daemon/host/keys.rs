@@ -6,8 +6,6 @@ use crate::api::types::ApiError;
 use crate::daemon::control::ControlMsg;
 use crate::daemon::keys::{KeyAction, KeyChange, KeyWord, PartnerKey};
 use crate::daemon::partner::KeyMessage;
-#[allow(unused_imports, reason = "until the interconnect has them of its own")]
-use crate::daemon::partner::rekey::Rekey as _;
 use crate::pool::HostName;
 use std::sync::Arc;
 

@@ -5,8 +5,6 @@ use crate::api::links::{PairStatus, TestRequest, TestStatus, VmEncoding};
 use crate::api::types::{ApiError, Done, LinkConfig, Role, VmStatus};
 use crate::daemon::keys::KeyAction;
 use crate::daemon::linktest::{LinkTest, MirroredNow};
-#[allow(unused_imports, reason = "until the interconnect has them of its own")]
-use crate::daemon::partner::rekey::Rekey as _;
 use crate::daemon::partner::{Hooks, Partner, PartnerSetup};
 use crate::pool::HostName;
 use std::sync::Arc;

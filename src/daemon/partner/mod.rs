@@ -2,7 +2,6 @@
 //! what comes from it to the workers.
 
 mod pump;
-pub(super) mod rekey;
 mod status;
 
 pub use pump::KeyMessage;
@@ -23,7 +22,6 @@ use interconnect::link::{Interconnect, LinkAddr, LinkSettings, LinkState, PairCo
 use interconnect::probe::wire::Talk;
 use interconnect::probe::{Responder, Tester};
 use pump::Pump;
-use rekey::Rekey as _;
 use status::{PairLog, Readings};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -62,6 +62,17 @@ impl Pump {
                 self.routes
                     .send_all(|| WorkerEvent::LinkDown(partner.clone(), reason.clone()));
             }
+            // One link of several: the session stands or falls for itself, and the workers
+            // with it.
+            LinkEvent::LinkUp { link, path, .. } => {
+                let (local, peer) = path;
+                tracing::info!(%partner, link, %local, %peer, "link up");
+                self.log.event(format!("link {link} up ({local} - {peer})"));
+            }
+            LinkEvent::LinkDown { link, reason, .. } => {
+                tracing::warn!(%partner, link, "link down: {reason}");
+                self.log.event(format!("link {link} down: {reason}"));
+            }
             LinkEvent::Control { frame, .. } => self.control(frame),
             LinkEvent::EpochLane { vm, rx, .. } if vm == PROBE_VM => {
                 if let Some(probes) = self.probes.upgrade() {
@@ -75,20 +86,15 @@ impl Pump {
                     tracing::warn!(%partner, %vm, "an epoch lane for a VM that has no standby here");
                 }
             }
-            LinkEvent::LinkUp { link, .. } => {
-                tracing::info!(%partner, link, "link up");
-                self.log.event(format!("link {link} up"));
-            }
-            LinkEvent::LinkDown { link, reason, .. } => {
-                tracing::warn!(%partner, link, "link down: {reason}");
-                self.log.event(format!("link {link} down: {reason}"));
-            }
             LinkEvent::Refused { reason } => {
                 tracing::error!(%partner, "{reason}");
                 self.log.refused(reason);
             }
-            // Nothing here uses I/O lanes.
-            _ => {}
+            // No product uses it here yet; the lane ends when it is dropped.
+            LinkEvent::IoLane { vm, .. } => {
+                tracing::warn!(%partner, %vm, "an I/O lane for a VM that has no use for it here");
+            }
+            other => tracing::debug!(%partner, ?other, "nothing to do about it"),
         }
     }
 

@@ -6,12 +6,12 @@ use super::seeder::{self, SeedJob, Seeded};
 use super::sender::{self, SenderConfig, SenderHandle};
 use crate::daemon::clock::now_ns;
 use crate::daemon::control::ControlMsg;
-use crate::daemon::figures::EpochSample;
+use crate::daemon::figures::{EncodeSample, EpochSample};
 use crate::interpose::checkpoint::{CutTimings, capture_blocks_prefix};
 use crate::interpose::memory::{Staging, Tracker};
 use crate::mirror::{LaneLevel, PrimaryInput};
 use crate::pool::{Epoch, Generation, HostName};
-use interconnect::codec::{CodecVersion, EncodePolicy, EncodeStats};
+use interconnect::codec::{CodecVersion, EncodePolicy};
 use interconnect::frame::{Frame, FrameKind, PAYLOAD_BYTES_MAX};
 use interconnect::link::EpochLane;
 use std::collections::VecDeque;
@@ -35,8 +35,8 @@ pub struct InFlight {
     pub pages: u64,
     /// Bytes on the wire, once sent.
     pub wire_bytes: u64,
-    /// What encoding it took and gave, once sent.
-    pub encode: EncodeStats,
+    /// Its encoding, once sent.
+    pub encode: Option<EncodeSample>,
 }
 
 impl InFlight {

@@ -400,9 +400,11 @@ impl DrillEnv for LabEnv {
             DrillKind::FreezeHost => lab.freeze(primary),
             DrillKind::CutLink => {
                 let (a, b) = self.pair()?;
-                (0..lab.plan().private_links)
-                    .map(|link| lab.cut_link(&a, &b, link))
-                    .fold(Ok(MonotonicNs::now()), |first, next| first.and(next))
+                let mut when = Ok(MonotonicNs::now());
+                for link in 0..lab.plan().private_links {
+                    when = when.and(lab.cut_link(&a, &b, link));
+                }
+                when
             }
             DrillKind::CutOneLink | DrillKind::SlowLink => {
                 return Err(EnvError::new(step, "it is done link by link"));
@@ -491,9 +493,11 @@ impl DrillEnv for LabEnv {
             DrillKind::FreezeHost => lab.thaw(failed),
             DrillKind::CutLink => {
                 let (a, b) = self.pair()?;
-                (0..lab.plan().private_links)
-                    .map(|link| lab.heal_link(&a, &b, link))
-                    .fold(Ok(MonotonicNs::now()), |first, next| first.and(next))
+                let mut when = Ok(MonotonicNs::now());
+                for link in 0..lab.plan().private_links {
+                    when = when.and(lab.heal_link(&a, &b, link));
+                }
+                when
             }
             DrillKind::KillQemu
             | DrillKind::Switchover

@@ -5,6 +5,9 @@ use super::tree::{Entry, Node, Span, Value, line_column};
 use super::values::BadValue;
 use std::collections::HashMap;
 
+/// A key that was, and what to write instead of its value.
+type Replaced<'k> = (&'k str, fn(&Value) -> &'static str);
+
 /// One key of a table once it was looked at.
 pub(super) enum Field<T> {
     Absent,
@@ -113,7 +116,7 @@ impl<'t> Reader<'t> {
         entries: &'n [Entry],
         words: &'static str,
         known: &[&'static str],
-        replaced: &[(&str, fn(&Value) -> &'static str)],
+        replaced: &[Replaced<'_>],
     ) -> Fields<'n> {
         for entry in entries {
             let path = format!("{prefix}{}", entry.key);

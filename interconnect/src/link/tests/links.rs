@@ -2,7 +2,6 @@
 
 use super::relay::{Behaviour, Relay};
 use super::*;
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Two sides with a relay in each link.
@@ -40,21 +39,6 @@ fn cabled_with(links: usize, change: impl Fn(&mut PairConfig)) -> Cabled {
         relays,
         _cables: cables,
         runtime,
-    }
-}
-
-impl Running {
-    /// Wait until just these links stand.
-    fn links_up(&mut self, want: &[usize], standing: &mut BTreeSet<usize>) {
-        let want: BTreeSet<usize> = want.iter().copied().collect();
-        while *standing != want {
-            match self.any() {
-                LinkEvent::LinkUp { link, .. } => assert!(standing.insert(link)),
-                LinkEvent::LinkDown { link, .. } => assert!(standing.remove(&link)),
-                LinkEvent::Down { reason, .. } => panic!("session down: {reason}"),
-                _ => {}
-            }
-        }
     }
 }
 
@@ -112,9 +96,8 @@ fn stream(cabled: &mut Cabled, count: u64, bytes: usize, mut during: impl FnMut(
 #[test]
 fn both_links_carry_a_lane_and_every_frame_comes_once() {
     let mut cabled = cabled(2);
-    let (mut at_one, mut at_two) = (BTreeSet::new(), BTreeSet::new());
-    cabled.one.links_up(&[0, 1], &mut at_one);
-    cabled.two.links_up(&[0, 1], &mut at_two);
+    cabled.one.links_up(&[0, 1]);
+    cabled.two.links_up(&[0, 1]);
     // Slow enough that one link alone cannot be the better choice all the time.
     for relay in &cabled.relays {
         relay.behave(Behaviour {
@@ -133,16 +116,15 @@ fn both_links_carry_a_lane_and_every_frame_comes_once() {
 #[test]
 fn a_link_that_dies_among_epochs_costs_only_repeats() {
     let mut cabled = cabled(2);
-    let (mut at_one, mut at_two) = (BTreeSet::new(), BTreeSet::new());
-    cabled.one.links_up(&[0, 1], &mut at_one);
-    cabled.two.links_up(&[0, 1], &mut at_two);
+    cabled.one.links_up(&[0, 1]);
+    cabled.two.links_up(&[0, 1]);
     stream(&mut cabled, 40, 300_000, |epoch, cabled| {
         cabled.relays[1].swallow(epoch >= 10);
     });
-    cabled.one.links_up(&[0], &mut at_one);
+    cabled.one.links_up(&[0]);
     assert_eq!(cabled.one.interconnect.session(), Some(SessionId(1)));
     cabled.relays[1].swallow(false);
-    cabled.one.links_up(&[0, 1], &mut at_one);
+    cabled.one.links_up(&[0, 1]);
     stream(&mut cabled, 10, 300_000, |_, _| {});
 }
 
@@ -150,9 +132,8 @@ fn a_link_that_dies_among_epochs_costs_only_repeats() {
 fn both_links_die_and_the_session_goes_on_when_one_comes_back() {
     let keep = |config: &mut PairConfig| config.settings.session_keep = PATIENCE;
     let mut cabled = cabled_with(2, keep);
-    let (mut at_one, mut at_two) = (BTreeSet::new(), BTreeSet::new());
-    cabled.one.links_up(&[0, 1], &mut at_one);
-    cabled.two.links_up(&[0, 1], &mut at_two);
+    cabled.one.links_up(&[0, 1]);
+    cabled.two.links_up(&[0, 1]);
     let healed = AtomicBool::new(false);
     std::thread::scope(|_| {
         stream(&mut cabled, 20, 300_000, |epoch, cabled| {

@@ -9,6 +9,7 @@ use crate::codec::tests::noise;
 use crate::frame::FrameKind;
 use crate::identity::{Fingerprint, Identity};
 use crate::ids::Epoch;
+use std::collections::BTreeSet;
 use std::net::UdpSocket;
 use std::time::Duration;
 use tokio::runtime::Runtime;
@@ -114,6 +115,8 @@ struct Running {
     interconnect: Interconnect,
     events: mpsc::Receiver<LinkEvent>,
     runtime: tokio::runtime::Handle,
+    /// The links of the session that stand, as the events told so far.
+    standing: BTreeSet<usize>,
 }
 
 fn start(config: PairConfig, runtime: &Runtime) -> Running {
@@ -122,16 +125,35 @@ fn start(config: PairConfig, runtime: &Runtime) -> Running {
         interconnect,
         events,
         runtime: runtime.handle().clone(),
+        standing: BTreeSet::new(),
     }
 }
 
 impl Running {
-    /// The next event, whatever it is.
+    /// The next event, whatever it is. Links come and go only within a session.
     fn any(&mut self) -> LinkEvent {
-        self.runtime
+        let event = self
+            .runtime
             .block_on(async { tokio::time::timeout(PATIENCE, self.events.recv()).await })
             .expect("an event in time")
-            .expect("events go on")
+            .expect("events go on");
+        match &event {
+            LinkEvent::LinkUp { link, .. } => assert!(self.standing.insert(*link)),
+            LinkEvent::LinkDown { link, .. } => assert!(self.standing.remove(link)),
+            LinkEvent::Up { .. } | LinkEvent::Down { .. } => assert!(self.standing.is_empty()),
+            _ => {}
+        }
+        event
+    }
+
+    /// Wait until just these links stand, within the session.
+    fn links_up(&mut self, want: &[usize]) {
+        let want: BTreeSet<usize> = want.iter().copied().collect();
+        while self.standing != want {
+            if let LinkEvent::Down { reason, .. } = self.any() {
+                panic!("session down: {reason}");
+            }
+        }
     }
 
     /// The next event about more than a single link.

@@ -13,7 +13,6 @@ use crate::mirror::primary::{PrimaryEnd, PrimaryState};
 use crate::mirror::{Alert, Micros, PrimaryAction, PrimaryInput, Ticket};
 use crate::pool::{Epoch, Generation};
 use bytes::Bytes;
-use interconnect::codec::EncodeStats;
 use interconnect::epoch::EpochMeta;
 use std::sync::Arc;
 
@@ -218,7 +217,7 @@ impl PrimarySide {
             capture_us: collected.wall_us,
             pages,
             wire_bytes: 0,
-            encode: EncodeStats::default(),
+            encode: None,
         });
         self.resumed_ns = resumed_ns;
         let egress = held_egress(&self.parts.ports, epoch);

@@ -509,7 +509,7 @@ impl PrimarySide {
             Ok(bytes) => {
                 if let Some(e) = attempt.in_flight.iter_mut().find(|e| e.epoch == epoch) {
                     e.wire_bytes = bytes;
-                    e.encode = sent.stats;
+                    e.encode = Some((&sent.stats).into());
                 }
             }
             Err(reason) => self.input(PrimaryInput::SendFailed { epoch, reason }),
