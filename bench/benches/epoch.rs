@@ -50,7 +50,7 @@ fn main() -> Result<()> {
         guest::RAM_MIB,
     );
     println!(
-        "{:<22} {:>8} {:>8} {:>8} {:>7} {:>11} {:>10}  pages z/u/d/p/r of 100, codec",
+        "{:<22} {:>8} {:>8} {:>8} {:>7} {:>11} {:>10}  pages z/u/d/p/r of 100, codec (why), link MB/s",
         "", "p50 us", "p90 us", "echo p50", "ratio", "bytes/page", "encode us"
     );
     let mut auto_bytes = 0.0;
@@ -104,6 +104,8 @@ struct Found {
     encode_ns: u64,
     classes: [u64; 5],
     last: EncodeStats,
+    /// What the link was said to carry, MB/s, epoch by epoch.
+    link: Vec<u64>,
 }
 
 fn percentile(times: &[Duration], p: usize) -> f64 {
@@ -127,7 +129,7 @@ impl Found {
             .map(|n| format!("{:.0}", 100.0 * *n as f64 / self.pages.max(1) as f64))
             .collect();
         println!(
-            "{name:<22} {mine:>8.0} {:>8.0} {echo:>8.0} {:>7.2} {:>11.0} {:>10.0}  {}, {} ({})",
+            "{name:<22} {mine:>8.0} {:>8.0} {echo:>8.0} {:>7.2} {:>11.0} {:>10.0}  {}, {} ({}), {:?}",
             percentile(&self.epochs, 90),
             mine / echo,
             self.wire_per_page(),
@@ -135,6 +137,7 @@ impl Found {
             shares.join("/"),
             self.last.codec.word(),
             self.last.why.words(),
+            self.link.iter().min().zip(self.link.iter().max()),
         );
     }
 }
@@ -203,6 +206,9 @@ fn run(capture: &Capture, policy: EncodePolicy, threads: usize, rounds: u64) -> 
                 .zip(classes)
                 .for_each(|(sum, n)| *sum += n);
             found.last = stats;
+            found
+                .link
+                .extend(link.bytes_per_s.map(|rate| rate / 1_000_000));
         }
         lane.end().context("the standby of a round")?;
         check(capture, &ram)?;

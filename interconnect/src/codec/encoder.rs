@@ -261,7 +261,6 @@ impl PageEncoder {
                     return;
                 }
                 Diff::Patch => {
-                    *base = *page;
                     let bytes = draft.buffers.body.len() - body_before;
                     draft.stats.patched += 1;
                     draft.stats.patch_bytes += bytes as u64;

@@ -112,10 +112,12 @@ fn byte_mask(word: u64) -> u8 {
     (bits.wrapping_mul(0x0102_0408_1020_4080) >> 56).to_le_bytes()[0]
 }
 
-/// Append to `out` what turns `base` into `new`.
-pub(super) fn diff(base: &Page, new: &Page, out: &mut Vec<u8>) -> Diff {
+/// Append to `out` what turns `base` into `new`, and make `base` that: only the lines that
+/// differ are written, most of a page is read once and no more. After [`Diff::TooLong`]
+/// `base` is neither.
+pub(super) fn diff(base: &mut Page, new: &Page, out: &mut Vec<u8>) -> Diff {
     let (old_lines, new_lines) = (
-        base.as_chunks::<LINE_BYTES>().0,
+        base.as_chunks_mut::<LINE_BYTES>().0,
         new.as_chunks::<LINE_BYTES>().0,
     );
     let mut lines = 0u64;
@@ -136,6 +138,7 @@ pub(super) fn diff(base: &Page, new: &Page, out: &mut Vec<u8>) -> Diff {
         let i = rest.trailing_zeros() as usize;
         rest &= rest - 1;
         let (old, new) = (words(&old_lines[i]), words(&new_lines[i]));
+        old_lines[i] = new_lines[i];
         let mut piece = [0u8; LINE_PATCH_BYTES_MAX + 8];
         let mut at = 1;
         for j in 0..8 {
@@ -239,8 +242,9 @@ mod tests {
     }
 
     fn patched(base: &Page, new: &Page) -> (Diff, Vec<u8>) {
-        let mut out = Vec::new();
-        let found = diff(base, new, &mut out);
+        let (mut out, mut base) = (Vec::new(), *base);
+        let found = diff(&mut base, new, &mut out);
+        assert!(found == Diff::TooLong || base == *new);
         (found, out)
     }
 
