@@ -205,10 +205,12 @@ impl LaneSender {
                 break None;
             };
             match self.entry(number) {
-                // The link it is on is well again (or this one, the only one).
                 Some(entry) if entry.on & (self.up | here) == 0 => {
                     break Some((number, entry.counts()));
                 }
+                // It is on its way here, where it is overdue: for another link to take.
+                Some(entry) if entry.on & self.up == 0 && self.up != 0 => break None,
+                // The link it is on is well again (or this one, the only one).
                 _ => self.strike(number),
             };
         };

@@ -117,7 +117,10 @@ pub fn takes(link: LinkIndex, views: &LinkViews, segment: u64, backlog: u64) -> 
         return false;
     }
     let others = (0u8..).zip(views).filter(|(index, _)| *index != link.0);
-    if !others.into_iter().any(|(index, _)| usable(LinkIndex(index), views)) {
+    if !others
+        .into_iter()
+        .any(|(index, _)| usable(LinkIndex(index), views))
+    {
         // No choice: QUIC's windows and the lane's are bounds enough.
         return true;
     }
