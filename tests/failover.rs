@@ -153,6 +153,25 @@ fn every_kind_of_failure_loses_nothing() {
 }
 
 #[test]
+fn one_link_of_two_may_fail_and_the_vm_stays_mirrored() {
+    let _alone = alone();
+    let mut env = env(guest("auto")).stay_up();
+    for (kind, runs) in [(DrillKind::CutOneLink, 3), (DrillKind::SlowLink, 1)] {
+        let report = drill(&mut env, kind, runs, Service::Counter);
+        assert_eq!(report.runs.len(), runs as usize);
+        assert_eq!(
+            (report.missing_on_disk, report.damaged_on_disk),
+            (Some(0), 0)
+        );
+        for run in &report.runs {
+            assert_eq!(run.to.as_ref(), Some(&run.from));
+            assert!(!run.links.is_empty() && run.reprotected_us.is_none());
+            assert!(run.links.iter().all(|link| link.back_us.is_some()));
+        }
+    }
+}
+
+#[test]
 fn redis_counts_on_over_three_failovers() {
     let _alone = alone();
     let report = drill(

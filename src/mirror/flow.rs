@@ -44,6 +44,11 @@ const TELLING_BYTES: u64 = 64 << 10;
 /// What waits for less than this is no limit worth a word to the operator.
 const WORTH_A_WORD: Micros = Micros::from_millis(20);
 
+/// What is on the lane and does not become less for so long stands still: a link died and
+/// its bytes wait to be sent again. That is no lack of capacity, and slowing the guest would
+/// not help. At 1 MB/s, less than an epoch can live with, it is the time of two segments.
+const STALL: Micros = Micros::from_millis(100);
+
 /// How the VM's epoch lane stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LaneLevel {
@@ -102,6 +107,10 @@ pub struct Flow {
     least: Micros,
     /// How long the guest may run in an epoch; none: as long as it likes.
     allowance: Option<Micros>,
+    /// When what is on the lane last became more or less, and for how long it has stood
+    /// still while the epoch is under way.
+    moved_at: Micros,
+    stalled: Micros,
     /// Since when the links are too slow.
     slow_since: Option<Micros>,
     /// When the running epoch began, and how much of it the guest was held back.
@@ -126,6 +135,8 @@ impl Flow {
             rate: None,
             least: Micros::MAX,
             allowance: None,
+            moved_at: now,
+            stalled: Micros::ZERO,
             slow_since: None,
             running_since: now,
             held: Micros::ZERO,
@@ -136,15 +147,34 @@ impl Flow {
 
     /// How the lane stands.
     pub fn level(&mut self, level: LaneLevel, now: Micros) {
+        let on_lane = |level: &LaneLevel| level.queued_bytes.saturating_add(level.unacked_bytes);
+        if on_lane(&level) != on_lane(&self.level) || on_lane(&level) == 0 {
+            self.stalled = self.stalled(now);
+            self.moved_at = now;
+        }
         self.level = level;
         self.level_at = now;
         // An epoch that will be too long is known before it is acknowledged.
         if let Some(epoch) = self.under_way {
-            let passed = now.since(epoch.since);
+            let passed = now.since(epoch.since) - self.stalled(now);
             let whole = passed + self.left(now).unwrap_or(Micros::ZERO);
             if whole > UNDER_WAY_MAX {
                 self.tighten(epoch.ran, whole, now);
             }
+        }
+    }
+
+    /// How long the lane has stood still while the epoch is under way.
+    fn stalled(&self, now: Micros) -> Micros {
+        let still = now.since(self.moved_at);
+        let waits = self
+            .level
+            .queued_bytes
+            .saturating_add(self.level.unacked_bytes)
+            > 0;
+        match waits && still >= STALL {
+            true => self.stalled + still,
+            false => self.stalled,
         }
     }
 
@@ -156,6 +186,8 @@ impl Flow {
         self.held_permille = u16::try_from(self.held.0 * 1000 / length.0.max(1)).unwrap_or(1000);
         self.running_since = now;
         self.held = Micros::ZERO;
+        self.stalled = Micros::ZERO;
+        self.moved_at = now;
         self.under_way = Some(UnderWay {
             since: now,
             ran,
@@ -168,7 +200,7 @@ impl Flow {
         let Some(epoch) = self.under_way.take() else {
             return;
         };
-        let took = now.since(epoch.since);
+        let took = now.since(epoch.since) - self.stalled(now);
         self.least = self.least.min(took);
         if epoch.bytes >= TELLING_BYTES {
             let moving = (took - self.least).max(Micros(1));
@@ -216,7 +248,7 @@ impl Flow {
         let lane = self.level.drains_in().map(|t| t - now.since(self.level_at));
         // What is not encoded yet is not on the lane; by experience. Once that has been
         // wrong for long, what has taken so long may well take as long again.
-        let passed = now.since(epoch.since);
+        let passed = now.since(epoch.since) - self.stalled(now);
         let experience = match self.rate {
             Some(rate) => Some(Micros(epoch.bytes.saturating_mul(1_000_000) / rate) - passed),
             None => (passed > UNDER_WAY_MAX).then_some(Micros::ZERO),
@@ -472,6 +504,27 @@ mod tests {
             play.epoch(100 * MB, 10_000 * MS);
         }
         assert_eq!((play.stood, play.flow.limited()), (0, None));
+    }
+
+    #[test]
+    fn a_link_that_dies_is_no_lack_of_capacity() {
+        for told in [Some(100 * MB), None] {
+            let mut flow = Flow::new(Micros::ZERO);
+            flow.cut_done(Micros(50 * MS), MB, Micros(52 * MS));
+            let level = LaneLevel {
+                queued_bytes: 0,
+                unacked_bytes: MB,
+                bytes_per_s: told,
+            };
+            for ms in (52..1000).step_by(20) {
+                flow.level(level, Micros(ms * MS));
+                assert!(!flow.holds(Micros(ms * MS)));
+            }
+            // Sent again over another link.
+            flow.level(LaneLevel::default(), Micros(1000 * MS));
+            flow.acknowledged(Micros(1001 * MS));
+            assert_eq!((flow.slow_since(), flow.limited()), (None, None));
+        }
     }
 
     #[test]

@@ -41,9 +41,6 @@ pub const SETTLE_EPOCHS: u32 = 4;
 /// Epochs between two trials; each costs some 10 to 300 µs.
 pub const TRY_EVERY: u32 = 16;
 /// Weight of a new measurement.
-/// Bytes of a page, as a float.
-const PAGE_BYTES_F: f64 = 4096.0;
-const _: () = assert!(super::PAGE_BYTES == 4096);
 const EWMA_WEIGHT: f64 = 0.125;
 /// What QUIC costs, in ns of CPU for each byte on each side (docs/interconnect.md: UDP, AES-GCM
 /// and copies), when no capacity is measured: then it is taken for the bottleneck.
@@ -178,7 +175,7 @@ impl Chooser {
     /// Expected ns until the standby has the epoch.
     fn predict(&self, codec: Codec, situation: &Situation) -> f64 {
         let figures = self.of(codec);
-        let content = self.content_bytes.max(PAGE_BYTES_F);
+        let content = self.content_bytes.max(super::PAGE_BYTES as f64);
         let link_ns = match situation.link_bytes_per_s {
             Some(rate) if rate > 0 => 1e9 / rate as f64,
             _ => 0.0,
@@ -306,7 +303,6 @@ mod tests {
     use super::*;
 
     const MIB: u64 = 1 << 20;
-    const GBIT: u64 = 125_000_000;
 
     /// ns per KiB and bytes left of 100, of each codec.
     type World = [(u64, u64); 4];
@@ -318,9 +314,10 @@ mod tests {
         EncodePolicy::default()
     }
 
-    fn at(gbit: f64) -> Situation {
+    /// A link of so many Mbit/s.
+    fn at(mbit: u64) -> Situation {
         Situation {
-            link_bytes_per_s: Some((gbit * GBIT as f64) as u64),
+            link_bytes_per_s: Some(mbit * 125_000),
             threads: 1,
             since_last_ns: 20_000_000,
         }
@@ -357,17 +354,17 @@ mod tests {
 
     #[test]
     fn the_slower_the_link_the_harder_it_compresses() {
-        let at_speed = |gbit| settled(&auto(), &GUEST, &at(gbit)).codec;
-        assert_eq!(at_speed(0.1), Codec::ZstdSmall);
-        assert_eq!(at_speed(0.5), Codec::ZstdFast);
-        assert_eq!(at_speed(2.0), Codec::Lz4);
-        assert_eq!(at_speed(40.0), Codec::Raw);
+        let at_speed = |mbit| settled(&auto(), &GUEST, &at(mbit)).codec;
+        assert_eq!(at_speed(100), Codec::ZstdSmall);
+        assert_eq!(at_speed(500), Codec::ZstdFast);
+        assert_eq!(at_speed(2000), Codec::Lz4);
+        assert_eq!(at_speed(40000), Codec::Raw);
     }
 
     #[test]
     fn what_does_not_compress_goes_raw_on_any_link() {
-        for gbit in [0.1, 1.0, 10.0, 100.0] {
-            let chosen = settled(&auto(), &NOISE, &at(gbit));
+        for mbit in [100, 1000, 10_000, 100_000] {
+            let chosen = settled(&auto(), &NOISE, &at(mbit));
             assert_eq!((chosen.codec, chosen.why), (Codec::Raw, Why::Measured));
         }
     }
@@ -377,7 +374,7 @@ mod tests {
         let with = |threads| {
             let situation = Situation {
                 threads,
-                ..at(20.0)
+                ..at(20000)
             };
             settled(&auto(), &GUEST, &situation).codec
         };
@@ -396,8 +393,8 @@ mod tests {
                 ..auto()
             };
             let mut chooser = Chooser::new(&policy);
-            for gbit in [0.1, 100.0, 1.0] {
-                let chosen = epoch(&mut chooser, &NOISE, &at(gbit));
+            for mbit in [100, 100_000, 1000] {
+                let chosen = epoch(&mut chooser, &NOISE, &at(mbit));
                 assert_eq!((chosen.codec, chosen.why), (codec, Why::Pinned));
                 assert_eq!(chooser.to_try(), None);
             }
@@ -410,10 +407,10 @@ mod tests {
             version: CodecVersion::V1,
             ..auto()
         };
-        for gbit in [0.1, 1.0, 3.0, 10.0, 100.0] {
+        for mbit in [100, 1000, 3000, 10_000, 100_000] {
             let mut chooser = Chooser::new(&policy);
             for _ in 0..100 {
-                assert_ne!(epoch(&mut chooser, &GUEST, &at(gbit)).codec, Codec::Lz4);
+                assert_ne!(epoch(&mut chooser, &GUEST, &at(mbit)).codec, Codec::Lz4);
             }
         }
     }
@@ -426,7 +423,7 @@ mod tests {
                 cpu_share_max: Some(share),
                 ..auto()
             };
-            settled(&policy, &GUEST, &at(0.5))
+            settled(&policy, &GUEST, &at(500))
         };
         assert_eq!(at_share(0.9).codec, Codec::ZstdFast);
         let chosen = at_share(0.4);
@@ -438,29 +435,29 @@ mod tests {
     fn one_odd_epoch_changes_nothing_and_a_lasting_change_does() {
         let mut chooser = Chooser::new(&auto());
         for _ in 0..50 {
-            epoch(&mut chooser, &GUEST, &at(2.0));
+            epoch(&mut chooser, &GUEST, &at(2000));
         }
         for _ in 0..SETTLE_EPOCHS - 1 {
-            let chosen = epoch(&mut chooser, &GUEST, &at(100.0));
+            let chosen = epoch(&mut chooser, &GUEST, &at(100000));
             assert_eq!((chosen.codec, chosen.why), (Codec::Lz4, Why::Settling));
         }
-        assert_eq!(epoch(&mut chooser, &GUEST, &at(2.0)).codec, Codec::Lz4);
+        assert_eq!(epoch(&mut chooser, &GUEST, &at(2000)).codec, Codec::Lz4);
         for _ in 0..SETTLE_EPOCHS - 1 {
-            assert_eq!(epoch(&mut chooser, &GUEST, &at(100.0)).codec, Codec::Lz4);
+            assert_eq!(epoch(&mut chooser, &GUEST, &at(100000)).codec, Codec::Lz4);
         }
-        assert_eq!(epoch(&mut chooser, &GUEST, &at(100.0)).codec, Codec::Raw);
+        assert_eq!(epoch(&mut chooser, &GUEST, &at(100000)).codec, Codec::Raw);
     }
 
     #[test]
     fn a_codec_once_found_bad_gets_another_chance() {
         let mut chooser = Chooser::new(&auto());
         for _ in 0..100 {
-            epoch(&mut chooser, &NOISE, &at(1.0));
+            epoch(&mut chooser, &NOISE, &at(1000));
         }
-        assert_eq!(chooser.choose(&at(1.0)).codec, Codec::Raw);
+        assert_eq!(chooser.choose(&at(1000)).codec, Codec::Raw);
         // The guest does something else now.
         let mut epochs = 0;
-        while epoch(&mut chooser, &GUEST, &at(1.0)).codec == Codec::Raw {
+        while epoch(&mut chooser, &GUEST, &at(1000)).codec == Codec::Raw {
             epochs += 1;
             assert!(epochs < 3 * TRY_EVERY * 16, "still raw");
         }

@@ -1,6 +1,6 @@
 //! Whole epochs come through; anything else is refused and leaves no trace.
 
-use super::super::{AuditSums, EpochMeta, EpochWriter, ingress_frames};
+use super::super::{AuditSums, EncodePool, EpochMeta, EpochWriter, SeedWriter, ingress_frames};
 use super::*;
 use crate::codec::tests::noise;
 use crate::codec::{CodecChoice, DiskOp, EncodePolicy, LinkFacts, Page, PageContent};
@@ -428,5 +428,180 @@ fn damaged_epoch_ends_are_refused() {
         let mut broken = frames.clone();
         broken.last_mut().unwrap().payload = payload.into();
         assert!(push_all(&mut assembler(), &broken).is_err(), "byte {at}");
+    }
+}
+
+/// The guest's memory at an epoch: most pages keep most of their bytes.
+fn evolving(epoch: u64) -> Vec<(u64, Page)> {
+    (0..700)
+        .map(|index| {
+            let mut page = [0; 4096];
+            page.copy_from_slice(&noise(index % 9 + 1, 4096));
+            page[..8].copy_from_slice(&(epoch * index).to_le_bytes());
+            if (index + epoch).is_multiple_of(50) {
+                page.fill(0);
+            }
+            (index * 3, page)
+        })
+        .collect()
+}
+
+/// The frames of an epoch of nothing but pages and a state.
+fn page_frames(writer: &mut EpochWriter, epoch: u64, pages: &[(u64, Page)]) -> Vec<Frame> {
+    let mut frames = Vec::new();
+    let mut send = |frame| {
+        frames.push(frame);
+        Ok::<(), Infallible>(())
+    };
+    writer.begin(Epoch(epoch), LinkFacts::default());
+    writer
+        .pages(pages.iter().map(|(index, page)| (*index, page)), &mut send)
+        .unwrap();
+    writer.device_state(state(Epoch(epoch)), &mut send).unwrap();
+    writer.finish(&meta(), &mut send).unwrap();
+    frames
+}
+
+/// What the standby does with an epoch.
+fn apply(ram: &mut [Page], received: &ReceivedEpoch) -> Result<(), CodecError> {
+    for (index, content) in received.pages() {
+        let page = &mut ram[usize::try_from(index).unwrap()];
+        match content {
+            PageContent::Zero => *page = [0; 4096],
+            PageContent::Raw(new) => *page = *new,
+            PageContent::Patch(patch) => patch.apply(page)?,
+        }
+    }
+    Ok(())
+}
+
+fn adaptive(codec: CodecChoice) -> EncodePolicy {
+    EncodePolicy {
+        codec,
+        ..EncodePolicy::default()
+    }
+}
+
+#[test]
+fn epochs_of_patches_leave_the_standby_equal() {
+    for codec in CodecChoice::ALL {
+        for threads in [1, 3] {
+            let pool = EncodePool::start(threads).unwrap();
+            let mut writer = EpochWriter::with_pool(VM, GENERATION, adaptive(codec), pool);
+            let (mut assembler, mut ram) = (assembler(), vec![[0; 4096]; 4096]);
+            for epoch in 1..20 {
+                let pages = evolving(epoch);
+                let frames = page_frames(&mut writer, epoch, &pages);
+                let received = push_all(&mut assembler, &frames).unwrap().expect("whole");
+                let order = received.pages().map(|(index, _)| index);
+                assert!(order.is_sorted(), "the order they were given in");
+                apply(&mut ram, &received).unwrap();
+                for (index, page) in &pages {
+                    assert!(
+                        ram[usize::try_from(*index).unwrap()] == *page,
+                        "page {index}"
+                    );
+                }
+                let stats = writer.stats();
+                assert_eq!((stats.epoch, stats.pages()), (Epoch(epoch), 700));
+                assert_eq!(stats.raw + stats.packed > 600, epoch == 1, "{stats:?}");
+                let pages = frames.iter().filter(|frame| frame.kind == FrameKind::Pages);
+                let bytes: usize = pages.map(|frame| frame.payload.len()).sum();
+                assert_eq!(stats.page_wire_bytes, bytes as u64);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_epoch_given_up_is_no_base() {
+    let mut writer = EpochWriter::new(VM, GENERATION, adaptive(CodecChoice::Raw));
+    let (mut assembler, mut ram) = (assembler(), vec![[0; 4096]; 4096]);
+    let first = page_frames(&mut writer, 1, &evolving(1));
+    let received = push_all(&mut assembler, &first).unwrap().expect("whole");
+    apply(&mut ram, &received).unwrap();
+    // The second breaks off after a few batches, which nobody will apply.
+    let mut left = 2;
+    writer.begin(Epoch(2), LinkFacts::default());
+    let pages = evolving(2);
+    let broken = writer.pages(pages.iter().map(|(i, p)| (*i, p)), &mut |_| {
+        left -= 1;
+        if left > 0 {
+            Ok(())
+        } else {
+            Err("the lane is gone")
+        }
+    });
+    assert!(matches!(
+        broken,
+        Err(super::super::WriteError::Send("the lane is gone"))
+    ));
+    let again = page_frames(&mut writer, 2, &evolving(3));
+    assert_eq!(writer.stats().patched, 0, "nothing is known of the standby");
+    let received = push_all(&mut assembler, &again).unwrap().expect("whole");
+    apply(&mut ram, &received).unwrap();
+    assert!(
+        evolving(3)
+            .iter()
+            .all(|(i, page)| ram[usize::try_from(*i).unwrap()] == *page)
+    );
+}
+
+#[test]
+fn epochs_out_of_order_are_refused_by_their_patches() {
+    let mut writer = EpochWriter::new(VM, GENERATION, adaptive(CodecChoice::Lz4));
+    let mut assembler = assembler();
+    let mut received = |epoch| {
+        let frames = page_frames(&mut writer, epoch, &evolving(epoch));
+        push_all(&mut assembler, &frames).unwrap().expect("whole")
+    };
+    let (first, second, third) = (received(1), received(2), received(3));
+    let mut ram = vec![[0; 4096]; 4096];
+    apply(&mut ram, &first).unwrap();
+    let mut early = ram.clone();
+    // The third one's patches say all bytes that changed since the second; that a page
+    // was something else in between must show.
+    let refused = apply(&mut early, &third);
+    assert!(
+        matches!(refused, Err(CodecError::PatchBase { .. })),
+        "{refused:?}"
+    );
+    apply(&mut ram, &second).unwrap();
+    apply(&mut ram, &third).unwrap();
+}
+
+#[test]
+fn a_seeding_is_read_page_by_page_and_sends_no_patches() {
+    for threads in [1, 2] {
+        let pool = EncodePool::start(threads).unwrap();
+        let mut writer = SeedWriter::new(VM, GENERATION, EncodePolicy::default(), pool);
+        let mut ram = vec![[0; 4096]; 4096];
+        for round in 1..4 {
+            let pages = evolving(round);
+            let mut frames = Vec::new();
+            writer.choose(LinkFacts::default());
+            writer
+                .pages(pages.iter().map(|(i, p)| (*i, p)), &mut |frame: Frame| {
+                    frames.push(frame);
+                    Ok::<(), Infallible>(())
+                })
+                .unwrap();
+            for frame in frames {
+                assert_eq!(frame.kind, FrameKind::SeedPages);
+                crate::codec::decode_pages(&frame.payload, 4096, |index, content| {
+                    ram[usize::try_from(index).unwrap()] = match content {
+                        PageContent::Zero => [0; 4096],
+                        PageContent::Raw(page) => *page,
+                        PageContent::Patch(_) => panic!("a patch in a seeding"),
+                    };
+                })
+                .unwrap();
+            }
+            assert!(
+                pages
+                    .iter()
+                    .all(|(i, page)| ram[usize::try_from(*i).unwrap()] == *page)
+            );
+        }
     }
 }

@@ -9,7 +9,7 @@ use crate::interpose::disk::Disk;
 use crate::interpose::memory::RamImage;
 use crate::pool::{Epoch, Generation, VmId};
 use bytes::{Bytes, BytesMut};
-use interconnect::codec::{PageContent, decode_disk_writes, decode_pages};
+use interconnect::codec::{DecodeBuffers, PageBatch, PageContent, decode_disk_writes};
 use interconnect::epoch::EpochAssembler;
 use interconnect::frame::{Frame, FrameKind};
 use std::sync::mpsc::{Sender, SyncSender, sync_channel};
@@ -105,6 +105,7 @@ pub fn start(
             slots,
             blocks: Some(BytesMut::new()),
             begun: Epoch::default(),
+            buffers: DecodeBuffers::default(),
         };
         while let Some(frame) = frames.blocking_recv() {
             let epoch = frame.epoch;
@@ -140,6 +141,8 @@ struct Receiver {
     blocks: Option<BytesMut>,
     /// The newest epoch of which content has come.
     begun: Epoch,
+    /// For the pages of a seeding.
+    buffers: DecodeBuffers,
 }
 
 impl Receiver {
@@ -214,15 +217,12 @@ impl Receiver {
 
     fn seed_pages(&mut self, batch: &Bytes) -> Result<(), String> {
         let mut ram = self.landing.ram();
-        let pages = ram.pages();
-        let mut failed = None;
-        decode_pages(batch, pages, |index, content| {
-            if failed.is_none() {
-                failed = Landing::put_page(&mut ram, index, content).err();
-            }
-        })
-        .map_err(|e| e.to_string())?;
-        failed.map_or(Ok(()), Err)
+        let batch =
+            PageBatch::decode(batch, ram.pages(), &self.buffers).map_err(|e| e.to_string())?;
+        for (index, content) in batch.pages() {
+            Landing::put_page(&mut ram, index, content)?;
+        }
+        Ok(())
     }
 
     fn seed_disk(&mut self, batch: &Bytes) -> Result<(), String> {
