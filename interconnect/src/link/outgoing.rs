@@ -185,6 +185,8 @@ struct Core {
     members: [Option<Member>; LINKS_MAX],
     lanes: BTreeMap<LaneId, Sending>,
     next_lane: u32,
+    /// Bytes of segments sent again on each link because another one failed them.
+    resent: [u64; LINKS_MAX],
     ended: bool,
     /// Nobody looks at the clock: wake it when something is sent.
     clock_stopped: bool,
@@ -249,6 +251,7 @@ impl Outgoing {
                 members: Default::default(),
                 lanes: BTreeMap::from([(LaneId::CONTROL, sending)]),
                 next_lane: 1,
+                resent: [0; LINKS_MAX],
                 ended: false,
                 clock_stopped: false,
             }),
@@ -376,7 +379,12 @@ impl Outgoing {
             return Pull::Gone;
         }
         let alone = core.members.iter().flatten().count() == 1;
-        let Core { links, lanes, .. } = &mut *core;
+        let Core {
+            links,
+            lanes,
+            resent,
+            ..
+        } = &mut *core;
         let Some(sending) = lanes.get_mut(&lane.start.lane) else {
             return Pull::Over;
         };
@@ -392,6 +400,9 @@ impl Outgoing {
             && let Some(segment) = sending.sender.next(member.link, links, now)
         {
             bytes += segment.header.bytes as usize + 1;
+            if segment.again {
+                resent[usize::from(member.link.0) % LINKS_MAX] += u64::from(segment.header.bytes);
+            }
             chunks.push(if control {
                 Bytes::copy_from_slice(&control_segment_head(&segment.header))
             } else {
@@ -521,14 +532,16 @@ impl Outgoing {
         Some(pause.clamp(TICK_MIN, TICK_MAX))
     }
 
-    pub(super) fn link_state(&self, link: LinkIndex) -> (LinkState, u64) {
+    /// How a link stands, the bytes on their way on it, and those sent again on it.
+    pub(super) fn link_state(&self, link: LinkIndex) -> (LinkState, u64, u64) {
         let core = self.lock();
         let state = match core.links.health(link, self.now()) {
             LinkHealth::Down => LinkState::Down,
             LinkHealth::Suspect => LinkState::Suspect,
             LinkHealth::Up => LinkState::Up,
         };
-        (state, core.links.in_flight(link))
+        let resent = core.resent[usize::from(link.0) % LINKS_MAX];
+        (state, core.links.in_flight(link), resent)
     }
 
     pub(super) fn lane_stats(&self) -> Vec<LaneStats> {

@@ -450,9 +450,10 @@ impl Lanes for Session {
 
     fn stats(&self, stats: &mut PairStats) {
         for (index, link) in (0u8..).zip(&mut stats.links) {
-            let (state, in_flight) = self.outgoing.link_state(LinkIndex(index));
+            let (state, in_flight, resent) = self.outgoing.link_state(LinkIndex(index));
             link.state = state;
             link.in_flight_bytes = in_flight;
+            link.resent_bytes = resent;
         }
         stats.lanes = self.outgoing.lane_stats();
         stats.lanes.extend(self.incoming.lane_stats());

@@ -1,8 +1,12 @@
 //! Pairs over real QUIC on loopback.
 
+mod hostile;
+mod io;
+mod keys;
 mod links;
 mod recorded;
 mod relay;
+mod versions;
 
 use super::*;
 use crate::codec::tests::noise;
@@ -115,16 +119,19 @@ struct Running {
     interconnect: Interconnect,
     events: mpsc::Receiver<LinkEvent>,
     runtime: tokio::runtime::Handle,
+    fingerprint: Fingerprint,
     /// The links of the session that stand, as the events told so far.
     standing: BTreeSet<usize>,
 }
 
 fn start(config: PairConfig, runtime: &Runtime) -> Running {
+    let fingerprint = config.identity.fingerprint();
     let (interconnect, events) = Interconnect::start(config, runtime.handle().clone()).unwrap();
     Running {
         interconnect,
         events,
         runtime: runtime.handle().clone(),
+        fingerprint,
         standing: BTreeSet::new(),
     }
 }
@@ -393,8 +400,8 @@ fn a_dead_first_link_is_passed_over() {
     config_a.links[0].peer = hole.local_addr().unwrap();
     a.links.remove(0);
     let (mut one, mut two) = (start(config_a, &runtime), start(config_b, &runtime));
-    one.up();
-    two.up();
+    one.links_up(&[1]);
+    two.links_up(&[1]);
     for side in [&one, &two] {
         let states: Vec<_> = side
             .interconnect
