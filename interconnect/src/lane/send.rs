@@ -200,17 +200,23 @@ impl LaneSender {
         let views = links.views(self.class, now);
         self.rescue(&views);
         let here = bit(usize::from(link.0));
+        let mut from = 0;
         let again = loop {
-            let Some(&number) = self.again.first() else {
+            let Some(&number) = self.again.range(from..).next() else {
                 break None;
             };
             match self.entry(number) {
-                // The link it is on is well again (or this one, the only one).
                 Some(entry) if entry.on & (self.up | here) == 0 => {
                     break Some((number, entry.counts()));
                 }
-                _ => self.strike(number),
-            };
+                // This link has it and is not well: it is another one's to take. Struck here,
+                // it would go nowhere if this link is asked first.
+                Some(entry) if entry.on & self.up == 0 => from = number + 1,
+                // The link it is on is well again.
+                _ => {
+                    self.strike(number);
+                }
+            }
         };
         let takes = |segment: u64| {
             let backlog = match self.class {

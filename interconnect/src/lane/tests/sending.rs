@@ -229,6 +229,21 @@ fn an_overdue_link_is_told_once_and_its_segments_go_over_another_one() {
     assert_eq!(sender.repeated_bytes(), 3 * SEGMENT_BYTES_MAX as u64);
 }
 
+/// Whoever drives the links may ask the sick one first.
+#[test]
+fn a_suspect_link_does_not_take_back_what_others_are_to_send_again() {
+    let (mut sender, mut links) = three_on_a_suspect();
+    assert_eq!(sender.next(index(0), &mut links, NOW), None);
+    for offset in 0..3 {
+        let copy = sender.next(index(1), &mut links, NOW).unwrap();
+        assert!(copy.again);
+        assert_eq!(copy.header.offset, offset * SEGMENT_BYTES_MAX as u64);
+        assert_eq!(sender.next(index(0), &mut links, NOW), None);
+    }
+    assert_eq!(sender.next(index(1), &mut links, NOW), None);
+    assert_eq!(sender.repeated_bytes(), 3 * SEGMENT_BYTES_MAX as u64);
+}
+
 #[test]
 fn what_arrives_after_all_goes_out_no_more() {
     let (mut sender, mut links) = three_on_a_suspect();
