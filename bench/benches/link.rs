@@ -334,6 +334,13 @@ fn cut_once(folder: &Path) -> Result<Cut> {
         .into_iter()
         .filter_map(|name| sender.note(name))
         .reduce(f64::min);
+    let told = |name| sender.note(name).map(|noticed| (noticed - at) * 1e3);
+    eprintln!(
+        "  usual {usual_ms:.1} ms, longest {worst_ms:.1} ms; after the cut: suspect {:.1?} ms, down {:.1?} ms; other link suspect {:.1?}",
+        told("suspect_at_s0"),
+        told("down_at_s0"),
+        told("suspect_at_s1"),
+    );
     Ok(Cut {
         usual_ms,
         worst_ms,

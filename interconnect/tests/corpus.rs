@@ -1,6 +1,8 @@
 //! Every input the fuzzers kept, through the decoder it was found for: `scripts/fuzz`
 //! finds and chooses them.
 
+#![allow(clippy::unwrap_used)]
+
 use interconnect::fuzzing;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -3,6 +3,8 @@
 //! assembled. Whatever happens on the way, only epochs as they were sent come out, each once
 //! and in order.
 
+#![allow(clippy::unwrap_used)]
+
 use bytes::{Bytes, BytesMut};
 use interconnect::codec::{
     CodecChoice, DiskOp, DiskWrite, EncodePolicy, LinkFacts, PAGE_BYTES, Page, PageContent,

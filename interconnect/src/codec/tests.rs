@@ -229,6 +229,112 @@ fn patches_and_their_edges() {
     assert_eq!((batch.stats.raw, batch.stats.patched), (1, 0));
 }
 
+/// A layout-2 batch by hand: a patch on page 5 that sets byte 8 to 0xab, then page 3 zero.
+fn by_hand() -> Vec<u8> {
+    let mut page = [0; PAGE_BYTES];
+    page[8] = 0xab;
+    let mut batch = vec![2, 0, 2, 0, 1, 0, 0, 0];
+    batch.extend_from_slice(&11u32.to_le_bytes());
+    batch.extend_from_slice(&11u32.to_le_bytes());
+    // Table: +5 in zigzag is 10, class 4; 11 bytes of patch, its check; -2 is 3, class 1.
+    batch.extend_from_slice(&[10 << 3 | 4, 11]);
+    batch.extend_from_slice(&patch::page_check(&page).to_le_bytes());
+    batch.push(3 << 3 | 1);
+    // Body: line 0, word 1, byte 0.
+    batch.extend_from_slice(&[1, 0, 0, 0, 0, 0, 0, 0, 2, 1, 0xab]);
+    batch
+}
+
+#[test]
+fn layout_2_is_as_written_down() {
+    let mut ram = vec![[0; PAGE_BYTES]; 6];
+    ram[3] = [9; PAGE_BYTES];
+    apply_all(&[by_hand().into()], &mut ram).unwrap();
+    assert_eq!((ram[5][8], ram[5][9], ram[3][0]), (0xab, 0, 0));
+    // And the encoder writes it so.
+    let mut encoder = PageEncoder::new(policy(3));
+    let mut content = Box::new([0; PAGE_BYTES]);
+    content[9] = 1;
+    encode_with(&mut encoder, &[(5, content.clone())]);
+    encode_with(&mut encoder, &[(5, page(0, 0))]);
+    content[8..10].copy_from_slice(&[0xab, 0]);
+    let batches = encode_with(&mut encoder, &[(5, content), (3, page(0, 0))]);
+    assert_eq!(batches, [Bytes::from(by_hand())]);
+}
+
+#[test]
+fn lies_of_layout_2_are_refused() {
+    let lie = |at: usize, value: u8| {
+        let mut batch = by_hand();
+        batch[at] = value;
+        decode_all(&[batch.into()], 6).unwrap_err()
+    };
+    // Layout, packing, reserved, raw pages, table bytes, body bytes.
+    for (at, value) in [
+        (2, 1),
+        (2, 3),
+        (4, 0),
+        (4, 4),
+        (5, 1),
+        (6, 1),
+        (8, 10),
+        (8, 12),
+        (12, 10),
+    ] {
+        let _ = lie(at, value);
+    }
+    assert!(
+        matches!(lie(4, 2), CodecError::Compression { .. }),
+        "not zstd"
+    );
+    assert!(
+        matches!(lie(4, 3), CodecError::Compression { .. }),
+        "not lz4"
+    );
+    assert!(matches!(
+        lie(16, 12 << 3 | 4),
+        CodecError::PageIndex { index: 6, .. }
+    ));
+    assert!(
+        matches!(lie(16, 9 << 3 | 4), CodecError::PageIndex { .. }),
+        "below zero"
+    );
+    assert!(matches!(lie(15, 0xff), CodecError::TooBig { .. }));
+    for class in [0, 5, 6, 7] {
+        assert!(matches!(
+            lie(16, 10 << 3 | class),
+            CodecError::Unknown { .. }
+        ));
+    }
+    // A number longer than it needs to be, and one without an end.
+    let mut batch = by_hand();
+    batch.splice(17..18, [0x8b, 0]);
+    batch[8] = 12;
+    assert!(decode_all(&[batch.clone().into()], 6).is_err());
+    batch.splice(17..19, [0xff; 12]);
+    batch[8] = 22;
+    assert!(decode_all(&[batch.into()], 6).is_err());
+}
+
+#[test]
+fn a_payload_is_used_again_when_the_lane_is_done_with_it() {
+    for which in 0..POLICIES.len() {
+        let mut encoder = PageEncoder::new(EncodePolicy {
+            delta: false,
+            ..policy(which)
+        });
+        let pages: Vec<_> = (0..200).map(|i| (i, page((i % 4) as u8, i))).collect();
+        let mut places = std::collections::BTreeSet::new();
+        for _ in 0..20 {
+            for batch in encode_with(&mut encoder, &pages) {
+                places.insert(batch.as_ptr());
+            }
+        }
+        // Two buffers take turns in layout 0, one serves in layout 2; growing moves each.
+        assert!(places.len() <= 4, "{} places", places.len());
+    }
+}
+
 #[test]
 fn a_patch_on_another_memory_is_refused() {
     let mut encoder = PageEncoder::new(policy(3));

@@ -493,6 +493,8 @@ fn epochs_of_patches_leave_the_standby_equal() {
                 let pages = evolving(epoch);
                 let frames = page_frames(&mut writer, epoch, &pages);
                 let received = push_all(&mut assembler, &frames).unwrap().expect("whole");
+                let order = received.pages().map(|(index, _)| index);
+                assert!(order.is_sorted(), "the order they were given in");
                 apply(&mut ram, &received).unwrap();
                 for (index, page) in &pages {
                     assert!(

@@ -188,6 +188,9 @@ fn packets(data: &[u8]) {
     let Ok(packets) = decode_packets(&Bytes::copy_from_slice(data)) else {
         return;
     };
+    if packets.is_empty() {
+        return;
+    }
     let mut again = BytesMut::new();
     let taken = encode_packets(&packets, &mut again).expect("what was decoded can be encoded");
     let back = decode_packets(&again.freeze()).expect("and decoded again");

@@ -200,24 +200,17 @@ impl LaneSender {
         let views = links.views(self.class, now);
         self.rescue(&views);
         let here = bit(usize::from(link.0));
-        let mut from = 0;
-        let again = loop {
-            let Some(&number) = self.again.range(from..).next() else {
-                break None;
-            };
-            match self.entry(number) {
-                Some(entry) if entry.on & (self.up | here) == 0 => {
-                    break Some((number, entry.counts()));
-                }
-                // This link has it and is not well: it is another one's to take. Struck here,
-                // it would go nowhere if this link is asked first.
-                Some(entry) if entry.on & self.up == 0 => from = number + 1,
-                // The link it is on is well again.
-                _ => {
-                    self.strike(number);
-                }
-            }
-        };
+        // Those that are on their way on a link that is well again need not go again. Those
+        // that are on their way here stay, for another link to take.
+        let up = self.up;
+        let needless = |entry: Option<&Entry>| entry.is_none_or(|entry| entry.on & up != 0);
+        while let Some(&number) = self.again.iter().find(|n| needless(self.entry(**n))) {
+            self.strike(number);
+        }
+        let again = self.again.iter().find_map(|&number| {
+            let entry = self.entry(number)?;
+            (entry.on & here == 0).then(|| (number, entry.counts()))
+        });
         let takes = |segment: u64| {
             let backlog = match self.class {
                 LaneClass::Epoch => (self.queue.bytes() + self.again_bytes).max(segment),
@@ -311,6 +304,10 @@ impl LaneSender {
         links: &mut Links,
         now: Micros,
     ) -> Result<(), AckError> {
+        // A lane that is done or abandoned waits for nothing.
+        if self.is_done() {
+            return Ok(());
+        }
         let LaneAck {
             delivered,
             received,
@@ -358,6 +355,9 @@ impl LaneSender {
             self.strike(self.first);
             self.entries.pop_front();
             self.first += 1;
+        }
+        if self.is_done() {
+            self.release(links, now);
         }
         Ok(())
     }
@@ -474,13 +474,19 @@ impl LaneSender {
         self.queue.expired()
     }
 
-    /// Nobody wants the lane any more: forget all of it. Its streams are to be reset.
-    pub fn abandon(&mut self, links: &mut Links, now: Micros) {
+    /// Count nothing of this lane as on its way: a link may have yet to say that copies and
+    /// last segments came, and nobody will be there to hear it.
+    fn release(&mut self, links: &mut Links, now: Micros) {
         for (index, flight) in (0u8..).zip(&mut self.flights) {
-            let flying = std::mem::take(flight).flying;
-            let bytes = flying.iter().map(|flying| flying.counts).sum();
+            let bytes = flight.flying.drain(..).map(|flying| flying.counts).sum();
+            flight.returned = flight.sent;
             links.returned(LinkIndex(index), self.class, bytes, now);
         }
+    }
+
+    /// Nobody wants the lane any more: forget all of it. Its streams are to be reset.
+    pub fn abandon(&mut self, links: &mut Links, now: Micros) {
+        self.release(links, now);
         *self = Self::new(self.class, 0, self.window_bytes);
         self.queue.finish();
         self.fin_sent = true;

@@ -88,6 +88,9 @@ pub(super) struct PrivateLink {
     window_max: u64,
     /// What the queues on the path turned out to take.
     limit: u64,
+    /// What may be on its way, in bytes: [`Self::compute_room`] after the last acknowledgement.
+    /// The library asks twice for each packet.
+    room: u64,
     /// On its way, in bytes; exact after each acknowledgement.
     in_flight: u64,
     /// Of the acknowledgement being worked through: when its newest packet was sent.
@@ -101,6 +104,7 @@ impl PrivateLink {
             rtt_min: None,
             window_max,
             limit: window_max,
+            room: WINDOW_BYTES_FIRST.min(window_max),
             in_flight: 0,
             newest_sent: None,
         }
@@ -111,12 +115,12 @@ impl PrivateLink {
         PathFigures {
             bytes_per_s: self.meter.capacity(),
             rtt_min: self.rtt_min.map_or(Duration::ZERO, |rtt| rtt.value),
-            window_bytes: self.room(),
+            window_bytes: self.room,
         }
     }
 
     /// What may be on its way, in bytes.
-    fn room(&self) -> u64 {
+    fn compute_room(&self) -> u64 {
         let Some((rtt, rate)) = self.rtt_min.zip(self.meter.capacity()) else {
             return WINDOW_BYTES_FIRST.min(self.window_max);
         };
@@ -200,14 +204,14 @@ impl PrivateLink {
             self.meter.starve();
         }
         // A small window may come back with one acknowledgement: that is not idle.
-        let Some(sample) = self.meter.end_acks(now, in_flight == 0 && starved) else {
-            return;
-        };
-        if sample.lost_per_mille > HEAVY_LOSS_PER_MILLE && sample.full {
-            self.limit = (self.room() / 6 * 5).max(WINDOW_BYTES_MIN);
-        } else {
-            self.limit = (self.limit + self.limit / 32).min(self.window_max);
+        if let Some(sample) = self.meter.end_acks(now, in_flight == 0 && starved) {
+            if sample.lost_per_mille > HEAVY_LOSS_PER_MILLE && sample.full {
+                self.limit = (self.room / 6 * 5).max(WINDOW_BYTES_MIN);
+            } else {
+                self.limit = (self.limit + self.limit / 32).min(self.window_max);
+            }
         }
+        self.room = self.compute_room();
     }
 }
 
@@ -253,7 +257,7 @@ impl Controller for PrivateLink {
     /// packet; it reports what it made after at most 10 of them, by which the window may be
     /// exceeded.
     fn window(&self) -> u64 {
-        if self.in_flight < self.room() {
+        if self.in_flight < self.room {
             WINDOW_BYTES_UNPACED
         } else {
             WINDOW_BYTES_SHUT

@@ -92,6 +92,8 @@ pub(super) struct Shared {
     speaks_lanes: AtomicBool,
     sessions: AtomicU64,
     connections: AtomicU64,
+    /// Wakes who looks only now and then whether it is to dial.
+    keys_changed: tokio::sync::Notify,
     last_error: Mutex<Option<String>>,
     /// The refusal told last, until a session stands.
     last_refusal: Mutex<Option<String>>,
@@ -176,6 +178,7 @@ impl Shared {
             speaks_lanes: AtomicBool::new(false),
             sessions: AtomicU64::new(0),
             connections: AtomicU64::new(0),
+            keys_changed: tokio::sync::Notify::new(),
             last_error: Mutex::new(None),
             last_refusal: Mutex::new(None),
             stop: watch::Sender::new(false),
@@ -211,6 +214,7 @@ impl Shared {
                 Err(reason) => tracing::error!("cannot set up TLS with the new keys: {reason}"),
             }
         }
+        self.keys_changed.notify_waiters();
     }
 
     /// What carries the product's lanes from now on.
@@ -535,7 +539,11 @@ impl Shared {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(REDIAL_MAX);
             } else {
-                tokio::time::sleep(LOOK_EVERY).await;
+                // Another key may make it this side's turn to dial.
+                tokio::select! {
+                    () = tokio::time::sleep(LOOK_EVERY) => {}
+                    () = self.keys_changed.notified() => continue,
+                }
                 if self.current().is_none() {
                     self.look(link).await;
                 }

@@ -326,15 +326,14 @@ async fn carry_stream(
 
 /// Send a lane on one connection until it is over or the connection is.
 pub(super) async fn write_lane(session: Arc<Session>, lane: Arc<OutLane>, member: Member) {
+    // That the partner stopped a stream says nothing of the lane (it stops those of a
+    // connection that another one replaced, too): it says so of lanes with a record.
     if let Err(error) = carry_lane(&session, &lane, &member).await {
-        match error {
-            WriteError::Stopped(_) => session.outgoing.stopped(lane.start.lane),
-            error => tracing::debug!(
-                lane = lane.start.lane.0,
-                link = member.link.0,
-                "a lane's stream ended: {error}"
-            ),
-        }
+        tracing::debug!(
+            lane = lane.start.lane.0,
+            link = member.link.0,
+            "a lane's stream ended: {error}"
+        );
     }
 }
 
