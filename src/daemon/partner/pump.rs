@@ -94,7 +94,6 @@ impl Pump {
             LinkEvent::IoLane { vm, .. } => {
                 tracing::warn!(%partner, %vm, "an I/O lane for a VM that has no use for it here");
             }
-            other => tracing::debug!(%partner, ?other, "nothing to do about it"),
         }
     }
 
