@@ -254,7 +254,7 @@ fn control_frames_go_on_every_link_and_come_once() {
     let mut cabled = cabled(3);
     cabled.all_up();
     let control = |n: u64| {
-        let bytes = if n % 100 == 0 { 200_000 } else { 40 };
+        let bytes = if n.is_multiple_of(100) { 200_000 } else { 40 };
         frame(FrameKind::Control, n, noise(n, bytes))
     };
     for n in 0..500 {
