@@ -134,8 +134,8 @@ async fn carry(
                 }
                 let now = Instant::now();
                 free_at = free_at.max(now);
-                if behaviour.bytes_per_s > 0 {
-                    let nanos = bytes as u64 * 1_000_000_000 / behaviour.bytes_per_s;
+                let nanos = bytes as u64 * 1_000_000_000;
+                if let Some(nanos) = nanos.checked_div(behaviour.bytes_per_s) {
                     free_at += Duration::from_nanos(nanos);
                 }
                 waiting_bytes += bytes;
