@@ -56,6 +56,8 @@ struct Running {
     bytes: u64,
     lost_bytes: u64,
     starved: bool,
+    /// Since when nothing has been on its way.
+    idle_since: Option<Instant>,
 }
 
 /// A sample that ended.
@@ -110,20 +112,31 @@ impl Meter {
         if idle {
             self.starve();
         }
+        // A short gap counts into a starved sample, or a sender that waits for the first figure
+        // before it sends more would never get one; a long one spoils it.
+        self.running = self.running.filter(|running| {
+            let gap = running
+                .idle_since
+                .map(|at| now.saturating_duration_since(at));
+            gap.is_none_or(|gap| gap < SAMPLE_MIN)
+        });
         let sample = self
             .running
             .filter(|running| now.saturating_duration_since(running.began) >= SAMPLE_MIN)
             .map(|running| self.finish(running, now, newest_sent));
-        if idle {
-            self.running = None;
-        } else if sample.is_some() || self.running.is_none() {
+        if sample.is_some() || self.running.is_none() {
             self.running = Some(Running {
                 began: now,
                 sent_before: newest_sent,
                 bytes: 0,
                 lost_bytes: 0,
                 starved: false,
+                idle_since: None,
             });
+        }
+        if let Some(running) = &mut self.running {
+            running.starved |= idle;
+            running.idle_since = idle.then_some(now);
         }
         sample
     }
@@ -224,6 +237,18 @@ mod tests {
         }
         flow(&mut meter, &mut now, 6, 125_000, false);
         assert_eq!(meter.capacity(), Some(125_000_000));
+    }
+
+    #[test]
+    fn bursts_that_wait_for_each_other_are_a_figure_too() {
+        let (mut meter, mut now) = (Meter::default(), Instant::now());
+        for _ in 0..10 {
+            now += MS;
+            meter.acked(now - MS, 256 << 10);
+            meter.end_acks(now, true);
+        }
+        assert!(meter.capacity().is_some_and(|rate| rate > 200_000_000));
+        assert!(!meter.is_known());
     }
 
     #[test]
