@@ -31,6 +31,8 @@ const _: () = assert!(HOLD_MAX.0 < TROUBLE_FORGOTTEN.0);
 pub struct LinkMeasure {
     /// What it carries, in bytes a second; `None` until known.
     pub capacity: Option<u64>,
+    /// Whether that is all it carries; else it carries that much at least.
+    pub saturated: bool,
     /// Smoothed round-trip time.
     pub rtt: Micros,
     /// Least round-trip time of the connection.
@@ -123,15 +125,16 @@ impl Links {
         self.at(link).map_or(0, |link| link.bulk + link.io)
     }
 
-    /// What the links that are up and measured carry together, in bytes a second; `None` if
-    /// there is none.
+    /// What the links that are up carry together, in bytes a second; `None` if there is
+    /// none, or one of them was never given more than it carries: it is not what holds a lane.
     #[must_use]
     pub fn capacity(&self, now: Micros) -> Option<u64> {
         self.links
             .iter()
             .filter(|link| link.health_at(now) == LinkHealth::Up)
-            .filter_map(|link| link.measure.capacity)
-            .reduce(u64::saturating_add)
+            .map(|link| link.measure.capacity.filter(|_| link.measure.saturated))
+            .reduce(|sum, link| Some(sum?.saturating_add(link?)))
+            .flatten()
     }
 
     /// The links as a lane of this class sees them. QUIC sends I/O before bulk, so bulk is

@@ -119,10 +119,15 @@ pub enum LaneClass {
 
 /// Most links of a pair. Hosts have a handful of ports; it bounds every table by link.
 pub const LINKS_MAX: usize = 8;
-/// Largest segment, in bytes. At 10 Gbit/s 52 µs, at 1 Gbit/s half a millisecond: the grain
-/// of striping, and what a link may be late by alone; large enough that its 16 bytes of
-/// header and one decision cost nothing.
-pub const SEGMENT_BYTES_MAX: usize = 64 << 10;
+/// Segment of a lane that is striped, in bytes, unless a link is fast enough for a larger
+/// one: at 10 Gbit/s 52 µs, at 1 Gbit/s half a millisecond. The grain of striping, and what a
+/// link may be late by alone; large enough that its 16 bytes of header and one decision cost
+/// nothing.
+pub const SEGMENT_BYTES: usize = 64 << 10;
+/// Largest segment, in bytes: that of a link which has no other beside it, or is so fast that
+/// its grain is still fine. For each packet the QUIC library looks through all pieces of a
+/// stream that are on their way one by one, so fewer and larger ones cost less.
+pub const SEGMENT_BYTES_MAX: usize = 256 << 10;
 /// What a lane may have handed out beyond what was delivered, in bytes: 12 ms of a
 /// 10 Gbit/s link, several overdue times of a 1 Gbit/s one. Bounds the sender's copies and
 /// the receiver's buffer; the smaller one of the two sides' counts.
@@ -130,7 +135,7 @@ pub const LANE_WINDOW_BYTES: u64 = 16 << 20;
 /// The smallest window a peer may ask for: a frame's worth, or nothing would be delivered
 /// for want of room.
 pub const LANE_WINDOW_BYTES_MIN: u64 = 1 << 20;
-/// Segments a lane may have handed out and not seen delivered: four times what full ones
+/// Segments a lane may have handed out and not seen delivered: four times what striped ones
 /// need, so that short ones do not fill tables.
 pub const LANE_SEGMENTS_MAX: usize = 1024;
 /// Acknowledge at least when this much came in since the last time, in bytes.
@@ -140,7 +145,9 @@ pub const ACK_DELAY: Micros = Micros(2_000);
 
 const _: () = assert!(LANE_WINDOW_BYTES_MIN <= LANE_WINDOW_BYTES);
 const _: () = assert!(LANE_WINDOW_BYTES >= 4 * ACK_BYTES);
-const _: () = assert!(LANE_SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64 >= LANE_WINDOW_BYTES);
+const _: () = assert!(LANE_SEGMENTS_MAX as u64 * SEGMENT_BYTES as u64 >= LANE_WINDOW_BYTES);
+const _: () = assert!(SEGMENT_BYTES <= SEGMENT_BYTES_MAX);
+const _: () = assert!(SEGMENT_BYTES_MAX as u64 <= LANE_WINDOW_BYTES_MIN);
 
 #[cfg(test)]
 mod tests;

@@ -16,7 +16,7 @@ use super::links::Links;
 use super::queue::{FrameQueue, earlier};
 use super::stripe::{self, LinkHealth, LinkViews};
 use super::wire::{LaneAck, SegmentHeader};
-use super::{LANE_SEGMENTS_MAX, LINKS_MAX, LaneClass, LinkIndex, Micros, SEGMENT_BYTES_MAX};
+use super::{LANE_SEGMENTS_MAX, LINKS_MAX, LaneClass, LinkIndex, Micros, SEGMENT_BYTES};
 use bytes::Bytes;
 use std::collections::{BTreeSet, VecDeque};
 
@@ -190,7 +190,7 @@ impl LaneSender {
     fn next_control(&mut self, at: usize) -> Option<u64> {
         let cursor = self.flights[at].cursor.max(self.first);
         if cursor >= self.first + self.entries.len() as u64 {
-            self.cut()?;
+            self.cut(SEGMENT_BYTES as u64)?;
         }
         self.flights[at].cursor = cursor + 1;
         Some(cursor)
@@ -221,21 +221,21 @@ impl LaneSender {
         if let Some((number, bytes)) = again {
             return takes(bytes).then_some(number);
         }
-        let segment = self.queue.bytes().clamp(1, SEGMENT_BYTES_MAX as u64);
-        if !takes(segment) {
+        let largest = stripe::segment_bytes(link, &views);
+        if !takes(self.queue.bytes().clamp(1, largest)) {
             return None;
         }
-        self.cut()
+        self.cut(largest)
     }
 
-    /// Turn the front of the queue into an entry, if there is anything and the window has
-    /// room; its number.
-    fn cut(&mut self) -> Option<u64> {
+    /// Turn at most `largest` bytes at the front of the queue into an entry, if there is
+    /// anything and the window has room; its number.
+    fn cut(&mut self, largest: u64) -> Option<u64> {
         let ends = self.queue.is_finished() && !self.fin_sent;
         if self.fin_sent || (self.queue.is_empty() && !ends) {
             return None;
         }
-        let bytes = self.queue.bytes().min(SEGMENT_BYTES_MAX as u64);
+        let bytes = self.queue.bytes().min(largest);
         if self.offset + bytes > self.delivered + self.window_bytes
             || self.entries.len() >= LANE_SEGMENTS_MAX
         {

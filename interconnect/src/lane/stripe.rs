@@ -8,14 +8,14 @@
 //! scheduling on uniform machines (Graham 1969; for paths: "earliest completion first",
 //! Lim et al., CoNEXT 2017).
 
-use super::{ACK_BYTES, ACK_DELAY, LINKS_MAX, LinkIndex, Micros, SEGMENT_BYTES_MAX};
+use super::{ACK_BYTES, ACK_DELAY, LINKS_MAX, LinkIndex, Micros, SEGMENT_BYTES, SEGMENT_BYTES_MAX};
 
 /// What an unmeasured link is taken to carry while no other is measured, in bytes a second:
 /// 1 Gbit/s, the slowest that mirroring is worth a cable.
 pub const CAPACITY_ASSUMED: u64 = 125_000_000;
 /// What an unmeasured link may have on its way, in bytes: a few segments, enough to measure
 /// a link by, too little to hold an epoch up for long should it turn out slow.
-pub const IN_FLIGHT_UNMEASURED: u64 = 4 * SEGMENT_BYTES_MAX as u64;
+pub const IN_FLIGHT_UNMEASURED: u64 = 4 * SEGMENT_BYTES as u64;
 /// Least that a measured link may have on its way, in bytes: two acknowledgements' worth,
 /// so that a figure that is too low can still grow.
 pub const IN_FLIGHT_MIN: u64 = 2 * ACK_BYTES;
@@ -28,6 +28,9 @@ pub const QUEUE_DELAY: Micros = Micros(4 * ACK_DELAY.0);
 pub const OVERDUE_MIN: Micros = Micros(20_000);
 /// Overdue is this many times the expected time.
 pub const OVERDUE_FACTOR: u64 = 4;
+/// What a segment may take on the wire of a link that is striped with others, where that
+/// allows more than [`SEGMENT_BYTES`]: a tenth of the least epoch worth the name.
+const SEGMENT_TIME: Micros = Micros(100);
 /// An unmeasured link's segments are expected as from one of this capacity, in bytes a
 /// second: 100 Mbit/s. Being patient costs one late epoch, being rash a repeat.
 const CAPACITY_PATIENT: u64 = 12_500_000;
@@ -109,6 +112,29 @@ pub fn usable(link: LinkIndex, views: &LinkViews) -> bool {
     }
 }
 
+/// Whether another link than `link` may be given anything.
+fn has_other(link: LinkIndex, views: &LinkViews) -> bool {
+    (0u8..)
+        .zip(views)
+        .any(|(index, _)| index != link.0 && usable(LinkIndex(index), views))
+}
+
+/// Largest segment to cut for this link, in bytes.
+#[must_use]
+pub fn segment_bytes(link: LinkIndex, views: &LinkViews) -> u64 {
+    let max = SEGMENT_BYTES_MAX as u64;
+    if !has_other(link, views) {
+        return max;
+    }
+    let capacity = views
+        .get(usize::from(link.0))
+        .and_then(|view| view.capacity);
+    let bytes = u128::from(capacity.unwrap_or(0)) * u128::from(SEGMENT_TIME.0) / 1_000_000;
+    u64::try_from(bytes)
+        .unwrap_or(max)
+        .clamp(SEGMENT_BYTES as u64, max)
+}
+
 /// Whether `link` shall take the next segment of `segment` bytes, of `backlog` that wait
 /// (that segment among them). For a segment alone, `backlog` is `segment`.
 #[must_use]
@@ -116,11 +142,7 @@ pub fn takes(link: LinkIndex, views: &LinkViews, segment: u64, backlog: u64) -> 
     if !usable(link, views) {
         return false;
     }
-    let others = (0u8..).zip(views).filter(|(index, _)| *index != link.0);
-    if !others
-        .into_iter()
-        .any(|(index, _)| usable(LinkIndex(index), views))
-    {
+    if !has_other(link, views) {
         // No choice: QUIC's windows and the lane's are bounds enough.
         return true;
     }

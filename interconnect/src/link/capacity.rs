@@ -24,6 +24,9 @@ pub(super) struct PathFigures {
     /// What the path was measured to carry, in bytes of UDP payload a second; `None` until
     /// enough was sent at once to tell.
     pub(super) bytes_per_s: Option<u64>,
+    /// Whether that is all the path carries. If not, nobody has asked for more yet, and it
+    /// carries that much at least.
+    pub(super) saturated: bool,
     /// Least round-trip time seen lately; zero before the first.
     pub(super) rtt_min: Duration,
     /// What may be on its way unacknowledged, in bytes.

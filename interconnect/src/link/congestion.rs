@@ -117,6 +117,7 @@ impl PrivateLink {
     pub(super) fn figures(&self) -> PathFigures {
         PathFigures {
             bytes_per_s: self.meter.capacity(),
+            saturated: self.meter.is_known(),
             rtt_min: self.rtt_min.map_or(Duration::ZERO, |rtt| rtt.value),
             window_bytes: self.room,
         }

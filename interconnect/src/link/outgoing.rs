@@ -663,6 +663,7 @@ fn measure(member: &Member, figures: &PathFigures) -> LinkMeasure {
     };
     LinkMeasure {
         capacity: figures.bytes_per_s,
+        saturated: figures.saturated,
         rtt: rtt.into(),
         rtt_min: rtt_min.into(),
     }

@@ -33,7 +33,7 @@ pub struct LinkStats {
     /// Least round-trip time seen on this connection.
     pub rtt_min: Duration,
     /// What the link was measured to carry, in bytes of payload a second; `None` until
-    /// enough was sent to tell.
+    /// more was to be sent than it takes.
     pub capacity_bytes_per_s: Option<u64>,
     /// UDP payload bytes sent.
     pub sent_bytes: u64,
@@ -66,7 +66,7 @@ impl LinkStats {
         let figures = capacity::figures(connection);
         self.rtt = quic.path.rtt;
         self.rtt_min = figures.rtt_min;
-        self.capacity_bytes_per_s = figures.bytes_per_s;
+        self.capacity_bytes_per_s = figures.bytes_per_s.filter(|_| figures.saturated);
         self.sent_bytes = quic.udp_tx.bytes;
         self.received_bytes = quic.udp_rx.bytes;
         self.sent_packets = quic.path.sent_packets;
@@ -135,7 +135,8 @@ pub struct LanePressure {
     pub queued_bytes: u64,
     /// Bytes sent and not acknowledged.
     pub unacked_bytes: u64,
-    /// What all links that stand carry together, in bytes a second; `None` until known.
+    /// What all links that stand carry together, in bytes a second; `None` while one of them
+    /// has always carried what it was given.
     pub capacity_bytes_per_s: Option<u64>,
 }
 

@@ -195,25 +195,47 @@ fn trouble_upon_trouble_holds_a_link_back_until_forgotten() {
 }
 
 #[test]
-fn the_capacity_of_the_pair_is_that_of_links_that_are_up_and_measured() {
+fn the_capacity_of_the_pair_is_known_if_that_of_every_link_that_is_up_is() {
     let (mut links, now) = (Links::new(), Micros(20_000_000));
     assert_eq!(links.capacity(now), None);
-    for (at, capacity) in [(0, Some(5)), (1, Some(7)), (2, None), (3, Some(100))] {
+    let mut measured = |at, capacity, saturated| {
         links.up(index(at), now);
-        links.measured(
-            index(at),
-            LinkMeasure {
-                capacity,
-                ..LinkMeasure::default()
-            },
-        );
-    }
-    links.down(index(3), now);
-    assert_eq!(links.capacity(now), Some(12));
+        let measure = LinkMeasure {
+            capacity,
+            saturated,
+            ..LinkMeasure::default()
+        };
+        links.measured(index(at), measure);
+        links.capacity(now)
+    };
+    assert_eq!(measured(0, Some(5), true), Some(5));
+    assert_eq!(measured(1, Some(7), true), Some(12));
+    assert_eq!(measured(1, Some(7), false), None, "that much at least");
+    assert_eq!(measured(1, None, false), None);
+    links.down(index(1), now);
+    assert_eq!(links.capacity(now), Some(5), "those that are up");
     // A link that does not exist is nobody's trouble.
     links.up(crate::lane::LinkIndex(200), now);
     assert_eq!(
         links.health(crate::lane::LinkIndex(200), now),
         LinkHealth::Down
     );
+}
+
+#[test]
+fn segments_are_large_where_that_harms_nobody() {
+    let fine = crate::lane::SEGMENT_BYTES as u64;
+    let large = crate::lane::SEGMENT_BYTES_MAX as u64;
+    let of = |views: &[LinkView]| segment_bytes(index(0), &self::views(views));
+    assert_eq!(of(&[up(GB / 8, 100, 0)]), large, "alone");
+    assert_eq!(of(&[up(GB / 8, 100, 0), up(GB, 100, 0)]), fine, "1 Gbit/s");
+    assert_eq!(of(&[up(GB, 100, 0), up(GB, 100, 0)]), 100_000);
+    assert_eq!(of(&[up(u64::MAX, 100, 0), up(GB, 100, 0)]), large);
+    let unmeasured = LinkView {
+        capacity: None,
+        ..up(0, 100, 0)
+    };
+    assert_eq!(of(&[unmeasured, up(GB, 100, 0)]), fine);
+    let dead = LinkView::default();
+    assert_eq!(of(&[up(GB / 8, 100, 0), dead]), large, "the other is down");
 }

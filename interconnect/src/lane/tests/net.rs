@@ -244,6 +244,7 @@ impl World {
         self.links.measured(
             index(at),
             LinkMeasure {
+                saturated: true,
                 capacity: (wire.received >= MEASURED_AFTER).then(|| wire.capacity * error / 100),
                 rtt: Micros(2 * wire.delay + queue),
                 rtt_min: Micros(2 * wire.delay),

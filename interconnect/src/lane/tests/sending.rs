@@ -6,7 +6,8 @@ use crate::lane::send::{AckError, FrameNumber, LaneSender, PushError};
 use crate::lane::stripe::LinkHealth;
 use crate::lane::wire::LaneAck;
 use crate::lane::{
-    LANE_SEGMENTS_MAX, LANE_WINDOW_BYTES_MIN, LaneClass, LaneId, Micros, SEGMENT_BYTES_MAX,
+    LANE_SEGMENTS_MAX, LANE_WINDOW_BYTES_MIN, LaneClass, LaneId, Micros, SEGMENT_BYTES,
+    SEGMENT_BYTES_MAX,
 };
 use bytes::Bytes;
 
@@ -94,7 +95,7 @@ fn no_more_is_handed_out_than_the_window_and_the_table_hold() {
     }
     assert_eq!(handed, LANE_WINDOW_BYTES_MIN);
     sender
-        .acked(index(0), ack(SEGMENT_BYTES_MAX as u64, 0), &mut links, NOW)
+        .acked(index(0), ack(SEGMENT_BYTES as u64, 0), &mut links, NOW)
         .unwrap();
     assert!(sender.next(index(0), &mut links, NOW).is_some());
     assert!(sender.next(index(0), &mut links, NOW).is_none());
@@ -187,8 +188,8 @@ fn an_abandoned_lane_leaves_nothing_on_the_links() {
 #[test]
 fn what_was_received_elsewhere_is_not_sent_again_though_an_earlier_part_is_missing() {
     let (mut sender, mut links) = lane(LaneClass::Epoch, 2);
-    push(&mut sender, 2 * SEGMENT_BYTES_MAX, None);
-    let size = SEGMENT_BYTES_MAX as u64;
+    push(&mut sender, 2 * SEGMENT_BYTES, None);
+    let size = SEGMENT_BYTES as u64;
     let lost = sender.next(index(0), &mut links, NOW).unwrap();
     sender.next(index(1), &mut links, NOW).unwrap();
     // The second has come over link 1, then both links go and 1 comes back.
@@ -297,12 +298,12 @@ fn a_link_held_back_is_used_at_once_if_it_is_the_only_one() {
 #[test]
 fn a_lane_that_is_done_leaves_nothing_on_links_that_have_not_said_so_yet() {
     let (mut sender, mut links) = lane(LaneClass::Epoch, 2);
-    push(&mut sender, 2 * SEGMENT_BYTES_MAX, None);
+    push(&mut sender, 2 * SEGMENT_BYTES, None);
     sender.finish();
     for at in [0, 1] {
         sender.next(index(at), &mut links, NOW).unwrap();
     }
-    let all = ack(2 * SEGMENT_BYTES_MAX as u64 + 1, SEGMENT_BYTES_MAX as u64);
+    let all = ack(2 * SEGMENT_BYTES as u64 + 1, SEGMENT_BYTES as u64);
     sender.acked(index(0), all, &mut links, NOW).unwrap();
     assert!(sender.is_done());
     // Whoever forgets the lane now must not leave the other link full for ever.
