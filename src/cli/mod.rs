@@ -158,8 +158,13 @@ fn log_to_stderr(default: &str) {
 }
 
 fn print_json<T: serde::Serialize>(value: &T) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
-    Ok(())
+    use std::io::Write;
+    let text = serde_json::to_string_pretty(value)?;
+    match writeln!(std::io::stdout(), "{text}") {
+        // Whoever reads has read enough (`| head`).
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
 }
 
 #[cfg(test)]
@@ -182,7 +187,7 @@ mod tests {
             "create", "export", "list", "show", "test", "rotate", "remove",
         ] {
             assert!(
-                script.contains(&format!("pollux__link__{command}")),
+                script.contains(&format!("pollux__subcmd__link__subcmd__{command}")),
                 "{command}"
             );
         }

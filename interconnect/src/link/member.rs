@@ -36,8 +36,18 @@ pub(super) struct Joined {
     pub(super) receive: RecvStream,
 }
 
+/// Let the lanes use this connection from now on; [`run`] carries what they give it.
+pub(super) fn enter(session: &Arc<Session>, member: &Member) -> Arc<Nudges> {
+    let nudges = Nudges::new(member.clone(), Arc::clone(session.outgoing.control()));
+    session.incoming.link_up(&nudges);
+    for lane in session.outgoing.link_up(member) {
+        session.spawn_writer(lane, member.clone());
+    }
+    nudges
+}
+
 /// Carry the session's lanes until the connection ends; returns why, in plain words.
-pub(super) async fn run(session: &Arc<Session>, joined: Joined) -> String {
+pub(super) async fn run(session: &Arc<Session>, joined: Joined, nudges: Arc<Nudges>) -> String {
     let Joined {
         member,
         send,
@@ -45,11 +55,6 @@ pub(super) async fn run(session: &Arc<Session>, joined: Joined) -> String {
     } = joined;
     // Failing only means the default priority.
     let _ = send.set_priority(CONTROL_PRIORITY);
-    let nudges = Nudges::new(member.clone(), Arc::clone(session.outgoing.control()));
-    session.incoming.link_up(&nudges);
-    for lane in session.outgoing.link_up(&member) {
-        session.spawn_writer(lane, member.clone());
-    }
     let reason = tokio::select! {
         reason = write_control(session, &member, &nudges, send) => reason,
         reason = read_control(session, &member, receive) => reason,

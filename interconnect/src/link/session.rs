@@ -328,15 +328,17 @@ impl Session {
                         old.connection.close(VarInt::from_u32(CODE_LINK), reason.as_bytes());
                         self.tell_link_down(shared, &old, reason).await;
                     }
-                    self.tell_link_up(shared, &member).await;
-                    let session = Arc::clone(self);
+                    // Whoever is told finds the link in use.
+                    let nudges = member::enter(self, &member);
+                    let (session, told) = (Arc::clone(self), member.clone());
                     running.spawn_on(async move {
-                        let reason = member::run(&session, joined).await;
+                        let reason = member::run(&session, joined, nudges).await;
                         let error = member.connection.close_reason();
                         let code = VarInt::from_u32(CODE_LINK);
                         member.connection.close(code, reason.as_bytes());
                         (member, reason, error)
                     }, &self.runtime);
+                    self.tell_link_up(shared, &told).await;
                 }
                 () = tokio::time::sleep_until((alone_since + session_keep).into()), if standing.is_empty() => {
                     let reason = format!("no link for {} ms: {last_reason}", session_keep.as_millis());

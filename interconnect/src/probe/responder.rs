@@ -4,16 +4,18 @@ use super::wire::{Piece, Talk, TestId};
 use super::{TEST_TIME_MAX, answer_frame};
 use crate::frame::{Frame, FrameKind};
 use crate::link::Interconnect;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 /// Answers a second, whatever is asked: an epoch of a few pages every 100 µs wants this
 /// many, and as control frames they are 0.8 MB/s. What is asked beyond it is not answered.
 const ANSWERS_PER_S: u32 = 10_000;
 /// A lane on which nothing comes for so long is given up: its place may be wanted.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// How long a test waits for the one before it: the end of a lane may be on its way when the
+/// next is opened.
+const TURN_WAIT: Duration = Duration::from_millis(500);
 
 /// Answers a partner's tests on one interconnect: one at a time, within limits.
 ///
@@ -21,13 +23,13 @@ const SILENCE_MAX: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct Responder {
     inner: Arc<Inner>,
+    /// Held while a test's lane is being read.
+    turns: Arc<Semaphore>,
     runtime: tokio::runtime::Handle,
 }
 
 struct Inner {
     interconnect: Interconnect,
-    /// A test's lane is being read.
-    busy: AtomicBool,
     answers: Mutex<Budget>,
 }
 
@@ -69,9 +71,9 @@ impl Responder {
         Self {
             inner: Arc::new(Inner {
                 interconnect,
-                busy: AtomicBool::new(false),
                 answers,
             }),
+            turns: Arc::new(Semaphore::new(1)),
             runtime,
         }
     }
@@ -79,20 +81,15 @@ impl Responder {
     /// The partner opened a lane of [`super::PROBE_VM`]. Returns at once.
     pub fn lane(&self, rx: mpsc::Receiver<Frame>) {
         // Weakly: a test must not keep alive an interconnect that its host has done with.
-        let weak = Arc::downgrade(&self.inner);
-        let first = !self.inner.busy.swap(true, Ordering::AcqRel);
+        let (weak, turns) = (Arc::downgrade(&self.inner), Arc::clone(&self.turns));
         self.runtime.spawn(async move {
             let say = |talk: &Talk| match weak.upgrade() {
                 Some(inner) => inner.say(talk),
                 None => false,
             };
-            if first {
-                serve(rx, say).await;
-                if let Some(inner) = weak.upgrade() {
-                    inner.busy.store(false, Ordering::Release);
-                }
-            } else {
-                refuse(rx, say).await;
+            match tokio::time::timeout(TURN_WAIT, turns.acquire()).await {
+                Ok(Ok(_turn)) => serve(rx, say).await,
+                _ => refuse(rx, say).await,
             }
         });
     }
