@@ -36,7 +36,7 @@
 //! | offset | size | field |
 //! |---|---|---|
 //! | 0 | 8 | offset of its first byte in the lane |
-//! | 8 | 4 | bytes of content, at most 65,536; 0 only with FIN |
+//! | 8 | 4 | bytes of content, at most 262,144; 0 only with FIN |
 //! | 12 | 1 | flags: 1 FIN (the lane ends after it), 2 FRAME_END (a frame ends with it) |
 //! | 13 | 3 | reserved |
 //!
