@@ -349,6 +349,10 @@ pub struct LinkFigures {
     /// UDP payload sent while the lanes were full, bytes a second: its share of the goodput
     /// with all headers.
     pub sent_bytes_per_s: u64,
+    /// What it was measured to carry, bytes a second; None if it was never given more than it
+    /// took, which with several links may mean that the others sufficed.
+    #[serde(default)]
+    pub capacity_bytes_per_s: Option<u64>,
     /// Packets sent while the test ran.
     pub sent_packets: u64,
     /// Packets of those declared lost.

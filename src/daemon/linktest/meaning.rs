@@ -140,24 +140,19 @@ pub(super) fn warnings(
             ));
         }
     }
-    let carries = |l: &&LinkFigures| l.sent_packets > 0;
-    let best = links
-        .iter()
-        .filter(carries)
-        .max_by_key(|l| l.sent_bytes_per_s);
-    let least = links
-        .iter()
-        .filter(carries)
-        .min_by_key(|l| l.sent_bytes_per_s);
-    if let (Some(best), Some(least)) = (best, least)
-        && best.sent_bytes_per_s > UNEQUAL_FACTOR * least.sent_bytes_per_s
+    // What a link was given says little: one that is fast enough leaves nothing to the others.
+    let known = || {
+        links
+            .iter()
+            .filter_map(|l| Some((l.capacity_bytes_per_s?, l.link)))
+    };
+    if let (Some((most, best)), Some((least, worst))) = (known().max(), known().min())
+        && most > UNEQUAL_FACTOR * least
     {
         out.push(format!(
-            "links are unequal: link {} carries {}, link {} {}; that works, but if the faster one fails mirrored guests are slowed to what the other carries",
-            best.link,
-            megabytes(best.sent_bytes_per_s),
-            least.link,
-            megabytes(least.sent_bytes_per_s)
+            "links are unequal: link {best} carries {}, link {worst} {}; that works, but if the faster one fails mirrored guests are slowed to what the other carries",
+            megabytes(most),
+            megabytes(least)
         ));
     }
     if heartbeat_gap_us > heartbeat_period_us + HEARTBEAT_LATE_US {
@@ -200,6 +195,7 @@ mod tests {
             peer: "10.0.0.2:7443".parse().unwrap(),
             rtt_us: all(100),
             sent_bytes_per_s: 500_000_000,
+            capacity_bytes_per_s: Some(500_000_000),
             sent_packets: 1_000_000,
             lost_packets: 0,
             mtu_bytes: 8_972,
@@ -253,13 +249,21 @@ mod tests {
             (told(&|p, _| p.rtt_us = all(3_000), 0), "3.00 ms"),
             (told(&|_, l| l.mtu_bytes = 1_472, 0), "MTU of 9000"),
             (told(&|_, l| l.lost_packets = 200, 0), "lost 200 of 1000000"),
-            (told(&|_, l| l.sent_bytes_per_s = 100_000_000, 0), "unequal"),
+            (
+                told(&|_, l| l.capacity_bytes_per_s = Some(100_000_000), 0),
+                "unequal",
+            ),
             (told(&|_, l| l.sent_packets = 0, 0), "carried nothing"),
             (told(&|_, _| (), 16_000), "no heartbeat"),
         ] {
             assert_eq!(said.len(), 1, "{said:?}");
             assert!(said[0].contains(word), "{said:?}");
         }
+        // It was not needed, and nobody knows what it carries.
+        let idle = |_: &mut PathFigures, l: &mut LinkFigures| {
+            (l.sent_bytes_per_s, l.capacity_bytes_per_s) = (400_000, None);
+        };
+        assert!(told(&idle, 0).is_empty());
         // A handful of losses happens.
         assert!(told(&|_, l| l.lost_packets = 9, 0).is_empty());
     }

@@ -175,6 +175,7 @@ fn report(
             peer: addrs.peer,
             rtt_us: of(&sample.rtt_us),
             sent_bytes_per_s: sample.sent_bytes_per_s,
+            capacity_bytes_per_s: sample.last.capacity_bytes_per_s,
             sent_packets: sample.sent_packets,
             lost_packets: sample.lost_packets,
             mtu_bytes: sample.last.mtu_bytes,
