@@ -18,7 +18,7 @@ use crate::detector::{DETECTION_PERIODS_MIN, Verdict};
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use thread::{Beat, Shared};
 /// Secrets that authenticate the heartbeats of one session; from
@@ -103,7 +103,7 @@ pub struct Heartbeat {
     shared: Arc<Shared>,
     /// Written to wake and end the thread.
     wake: nix::sys::eventfd::EventFd,
-    thread: Option<std::thread::JoinHandle<()>>,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
     local_addrs: Vec<SocketAddr>,
 }
 
@@ -172,7 +172,7 @@ impl Heartbeat {
         Ok(Self {
             shared,
             wake,
-            thread: Some(thread),
+            thread: Mutex::new(Some(thread)),
             local_addrs,
         })
     }
@@ -261,16 +261,29 @@ impl Heartbeat {
     }
 }
 
-impl Drop for Heartbeat {
-    fn drop(&mut self) {
+impl Heartbeat {
+    /// End the heartbeats for good, whoever still holds this; when it returns the sockets are
+    /// closed and their addresses free (unless the verdict's callback calls it).
+    pub fn stop(&self) {
         self.shared.stop.store(true, Ordering::Release);
         let _ = self.wake.write(1);
-        if let Some(thread) = self.thread.take()
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(thread) = thread
             && thread.thread().id() != std::thread::current().id()
         {
             // A panic in the callback was reported by the thread itself.
             let _ = thread.join();
         }
+    }
+}
+
+impl Drop for Heartbeat {
+    fn drop(&mut self) {
+        self.stop();
     }
 }
 

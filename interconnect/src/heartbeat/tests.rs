@@ -123,3 +123,14 @@ fn a_configuration_without_sense_is_refused() {
         ));
     }
 }
+
+#[test]
+fn stopped_heartbeats_free_their_address_whoever_still_holds_them() {
+    let (at_a, at_b) = ports();
+    let (a, _) = start(at_a, at_b);
+    let held = Arc::new(a);
+    Arc::clone(&held).stop();
+    UdpSocket::bind(at_a).unwrap();
+    // Twice is as good as once.
+    held.stop();
+}

@@ -196,6 +196,7 @@ mod tests {
     use crate::link::socket;
     use quinn::udp::Transmit;
     use std::net::SocketAddr;
+    use tokio::sync::watch;
 
     const PACKET: usize = 1000;
 
@@ -241,7 +242,7 @@ mod tests {
         let receiver = socket::bind(0, any).unwrap();
         let _entered = runtime.enter();
         let bound = socket::bind(0, any).unwrap();
-        let socket = socket::for_quic(bound, 1000, 1000).unwrap();
+        let socket = socket::for_quic(bound, 1000, 1000, watch::Sender::new(())).unwrap();
         let drivers = Drivers::new(Arc::clone(&socket));
         drivers.spawn(Box::pin(Sends {
             socket,

@@ -56,6 +56,7 @@ const HANDSHAKES_MAX: usize = 4;
 const BUILD: &str = concat!("pollux ", env!("CARGO_PKG_VERSION"));
 
 /// An endpoint on a link, and how its connections are set up.
+#[derive(Clone)]
 pub(super) struct LinkEndpoint {
     pub(super) endpoint: Endpoint,
     pub(super) transport: Arc<TransportConfig>,
@@ -77,7 +78,8 @@ pub(super) struct Shared {
     /// Ends with the last task that holds this.
     _thread: OwnThread,
     pub(super) events: mpsc::Sender<LinkEvent>,
-    pub(super) endpoints: Vec<LinkEndpoint>,
+    /// Empty once stopped, so that nobody who still holds this keeps a socket open.
+    endpoints: Mutex<Vec<LinkEndpoint>>,
     keys: Mutex<Keys>,
     links: Vec<Mutex<LinkInfo>>,
     current: Mutex<Option<Arc<dyn Lanes>>>,
@@ -169,7 +171,7 @@ impl Shared {
             _thread: thread,
             runtime,
             events,
-            endpoints,
+            endpoints: Mutex::new(endpoints),
             keys: Mutex::new(keys),
             current: Mutex::new(None),
             slot: tokio::sync::Mutex::new(()),
@@ -207,7 +209,7 @@ impl Shared {
         for LinkEndpoint {
             endpoint,
             transport,
-        } in &self.endpoints
+        } in lock(&self.endpoints).iter()
         {
             match keys.server(transport) {
                 Ok(server) => endpoint.set_server_config(Some(server)),
@@ -245,8 +247,7 @@ impl Shared {
     pub(super) fn path(&self, link: usize, connection: &Connection) -> (SocketAddr, SocketAddr) {
         let remote = connection.remote_address();
         let bound = self
-            .endpoints
-            .get(link)
+            .endpoint(link)
             .and_then(|link| link.endpoint.local_addr().ok());
         let mut local = bound.unwrap_or(remote);
         if local.ip().is_unspecified()
@@ -315,6 +316,10 @@ impl Shared {
                 stats
             })
             .collect()
+    }
+
+    fn endpoint(&self, link: usize) -> Option<LinkEndpoint> {
+        lock(&self.endpoints).get(link).cloned()
     }
 
     /// End everything; the tasks finish by themselves.
@@ -460,10 +465,12 @@ impl Shared {
         let LinkEndpoint {
             endpoint,
             transport,
-        } = &self.endpoints[link];
+        } = self
+            .endpoint(link)
+            .ok_or_else(|| Failed::Broken("the interconnect is closed".into()))?;
         let peer = self.config.links[link].peer;
         let keys = self.keys();
-        let client = keys.client(transport).map_err(Failed::Broken)?;
+        let client = keys.client(&transport).map_err(Failed::Broken)?;
         // The name is not looked at: the partner is known by its fingerprint.
         let connecting = endpoint
             .connect_with(client, peer, "pollux")
@@ -597,7 +604,10 @@ impl Shared {
 
     async fn accept_for_ever(self: Arc<Self>, link: usize) {
         let handshakes = Arc::new(tokio::sync::Semaphore::new(HANDSHAKES_MAX));
-        while let Some(incoming) = self.endpoints[link].endpoint.accept().await {
+        let Some(LinkEndpoint { endpoint, .. }) = self.endpoint(link) else {
+            return;
+        };
+        while let Some(incoming) = endpoint.accept().await {
             let Ok(permit) = Arc::clone(&handshakes).try_acquire_owned() else {
                 incoming.ignore();
                 continue;
@@ -630,7 +640,7 @@ pub(super) fn keep(shared: &Arc<Shared>) {
     let runtime = shared.runtime.clone();
     runtime.spawn(async move {
         let mut dialling = tokio::task::JoinSet::new();
-        for link in 0..shared.endpoints.len() {
+        for link in 0..shared.config.links.len() {
             shared
                 .runtime
                 .spawn(Arc::clone(&shared).accept_for_ever(link));
@@ -639,11 +649,12 @@ pub(super) fn keep(shared: &Arc<Shared>) {
         shared.stopped().await;
         dialling.shutdown().await;
         shared.association.lock().await.end("the partner stops");
-        for LinkEndpoint { endpoint, .. } in &shared.endpoints {
+        let endpoints = std::mem::take(&mut *lock(&shared.endpoints));
+        for LinkEndpoint { endpoint, .. } in &endpoints {
             endpoint.close(VarInt::from_u32(CODE_DONE), b"the partner stops");
         }
         // Let the close reach the partner, so that it need not wait for the idle time.
-        for LinkEndpoint { endpoint, .. } in &shared.endpoints {
+        for LinkEndpoint { endpoint, .. } in &endpoints {
             let _ = tokio::time::timeout(ESTABLISH_TIMEOUT, endpoint.wait_idle()).await;
         }
     });

@@ -51,7 +51,7 @@ use lanes::Lanes;
 use queue::PushError;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// Events that may wait for the product. Control frames behind them hold the
 /// partner by flow control.
@@ -65,6 +65,8 @@ pub struct Interconnect {
 
 struct Inner {
     shared: Arc<Shared>,
+    /// Its senders are gone when no socket is open any more.
+    sockets_open: watch::Receiver<()>,
     local_addrs: Vec<SocketAddr>,
 }
 
@@ -120,15 +122,16 @@ impl Interconnect {
             identity: Arc::clone(&config.identity),
             pins: vec![fingerprint],
         };
+        let (open, sockets_open) = watch::channel(());
         let mut endpoints = Vec::with_capacity(config.links.len());
         for link in 0..config.links.len() {
-            let (endpoint, transport) = transport::endpoint(&config, &keys, link)?;
+            let (endpoint, transport) = transport::endpoint(&config, &keys, link, open.clone())?;
             endpoints.push(LinkEndpoint {
                 endpoint,
                 transport,
             });
         }
-        drop(entered);
+        drop((entered, open));
         let local_addrs = endpoints
             .iter()
             .zip(&config.links)
@@ -140,6 +143,7 @@ impl Interconnect {
             Self {
                 inner: Arc::new(Inner {
                     shared,
+                    sockets_open,
                     local_addrs,
                 }),
             },
@@ -229,6 +233,14 @@ impl Interconnect {
         {
             lanes.close(plain::CODE_PROTOCOL, reason);
         }
+    }
+
+    /// End everything for good, for all clones of this. The future, which holds none of it,
+    /// is done when the sockets of all links are closed and their addresses free again.
+    pub fn close(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.inner.shared.stop();
+        let mut open = self.inner.sockets_open.clone();
+        async move { while open.changed().await.is_ok() {} }
     }
 
     /// The session that stands.

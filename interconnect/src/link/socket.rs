@@ -18,6 +18,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use tokio::sync::watch;
 
 /// Socket buffers, in bytes: twice what is ever on its way, because the kernel counts
 /// its own overhead (up to as much again for each packet) into it.
@@ -83,7 +84,8 @@ fn packets_in_a_send(mtu_bytes: u16) -> usize {
     (SEND_BYTES_MAX / usize::from(mtu_bytes.max(1))).max(1)
 }
 
-/// A socket for QUIC whose bursts fit a datagram. Call inside a tokio runtime.
+/// A socket for QUIC whose bursts fit a datagram, which keeps `open` as long as it is bound.
+/// Call inside a tokio runtime.
 ///
 /// # Errors
 /// Of the system calls that set it up.
@@ -91,12 +93,14 @@ pub(super) fn for_quic(
     socket: UdpSocket,
     mtu_bytes_max: u16,
     receive_bytes_max: u16,
+    open: watch::Sender<()>,
 ) -> std::io::Result<Arc<BurstSocket>> {
     Ok(Arc::new(BurstSocket {
         inner: TokioRuntime.wrap_udp_socket(socket)?,
         packets_max: packets_in_a_send(mtu_bytes_max),
         receive_segments: MESSAGE_BYTES_MAX.div_ceil(usize::from(receive_bytes_max.max(1))),
         burst: Mutex::default(),
+        open,
     }))
 }
 
@@ -186,6 +190,8 @@ pub(super) struct BurstSocket {
     /// Packets of one message, as the library sizes its buffers by.
     receive_segments: usize,
     burst: Mutex<Burst>,
+    /// The last field, so dropped after the socket.
+    open: watch::Sender<()>,
 }
 
 impl BurstSocket {
@@ -238,9 +244,26 @@ impl BurstSocket {
     }
 }
 
+/// Waits until a socket is writable, and so keeps it open like the socket itself.
+#[derive(Debug)]
+struct Poller {
+    inner: Pin<Box<dyn UdpPoller>>,
+    /// The last field, so dropped after the socket.
+    _open: watch::Sender<()>,
+}
+
+impl UdpPoller for Poller {
+    fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        self.inner.as_mut().poll_writable(cx)
+    }
+}
+
 impl AsyncUdpSocket for BurstSocket {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        Arc::clone(&self.inner).create_io_poller()
+        Box::pin(Poller {
+            inner: Arc::clone(&self.inner).create_io_poller(),
+            _open: self.open.clone(),
+        })
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> std::io::Result<()> {
@@ -308,7 +331,7 @@ mod tests {
         let _entered = runtime.enter();
         for mtu in [1200, 1452, 1472, 4000, 6551, 8972, 16_000, 65_000] {
             let socket = bind(0, "127.0.0.1:0".parse().unwrap()).unwrap();
-            let socket = for_quic(socket, mtu, mtu).unwrap();
+            let socket = for_quic(socket, mtu, mtu, watch::Sender::new(())).unwrap();
             let packets = socket.max_transmit_segments();
             assert!(packets >= 1);
             assert!(packets * usize::from(mtu) <= 65_507, "{packets} of {mtu}");
@@ -361,7 +384,7 @@ mod tests {
         let receiver = bind(0, "127.0.0.1:0".parse().unwrap()).unwrap();
         let to = receiver.local_addr().unwrap();
         let socket = bind(0, "127.0.0.1:0".parse().unwrap()).unwrap();
-        let socket = for_quic(socket, 1000, 1000).unwrap();
+        let socket = for_quic(socket, 1000, 1000, watch::Sender::new(())).unwrap();
         // The first send of a tokio socket has to learn that it is writable.
         runtime.block_on(async {
             let mut writable = Arc::clone(&socket).create_io_poller();

@@ -14,6 +14,7 @@ use quinn_proto::HashedConnectionIdGenerator;
 use std::net::UdpSocket;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 
 /// What one stream may have on its way and unread, in bytes: at 10 Gbit/s 13 ms,
 /// so that a standby that applies an epoch does not stall the next. With one lane
@@ -120,11 +121,13 @@ fn transport(settings: &LinkSettings, packets: PacketBytes, window_max: u64) -> 
     transport
 }
 
-/// An endpoint on one link that can dial and accept, and how its connections are set up. Call inside a tokio runtime.
+/// An endpoint on one link that can dial and accept, and how its connections are set up; its
+/// socket keeps `open` until it is closed. Call inside a tokio runtime.
 pub(super) fn endpoint(
     config: &PairConfig,
     keys: &Keys,
     link: usize,
+    open: watch::Sender<()>,
 ) -> Result<(quinn::Endpoint, Arc<TransportConfig>), StartError> {
     let tls = |reason: String| StartError::Tls {
         peer: config.peer.clone(),
@@ -155,7 +158,7 @@ pub(super) fn endpoint(
         .map_err(|error| tls(error.to_string()))?;
 
     let server = keys.server(&transport).map_err(tls)?;
-    socket::for_quic(socket, packets.max, receive_bytes_max)
+    socket::for_quic(socket, packets.max, receive_bytes_max, open)
         .and_then(|socket| {
             quinn::Endpoint::new_with_abstract_socket(
                 endpoint_config,

@@ -11,6 +11,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+/// How long the removal of a link waits for its sockets: ten times what a connection in the
+/// middle of its handshake takes to be given up on a busy host.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+
 impl Host {
     /// The pinned links.
     #[must_use]
@@ -123,8 +127,14 @@ impl Host {
 
     fn disconnect(self: &Arc<Self>, name: &HostName) {
         lock(&self.env.peers).remove(name);
-        if let Some(partner) = lock(&self.partners).remove(name) {
-            partner.cancel_test();
+        let removed = lock(&self.partners).remove(name);
+        if let Some(partner) = removed {
+            // An operator who is told that the link is gone may pin the partner again at once.
+            let closed = partner.close();
+            let closed = async { tokio::time::timeout(CLOSE_PATIENCE, closed).await };
+            if self.runtime.block_on(closed).is_err() {
+                tracing::warn!(partner = %name, "the sockets of a removed link are still open");
+            }
         }
         lock(&self.tests).remove(name);
         let mut keys = lock(&self.keys);

@@ -231,6 +231,15 @@ impl Partner {
         })
     }
 
+    /// End everything that runs for it, whoever still holds it. When the future, which holds
+    /// nothing of it, is done, its addresses can be bound again.
+    pub fn close(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.cancel_test();
+        let closed = self.interconnect.close();
+        self.heartbeat.stop();
+        closed
+    }
+
     /// As a worker sees it.
     #[must_use]
     pub fn peer(&self) -> Peer {

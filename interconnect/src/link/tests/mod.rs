@@ -99,7 +99,8 @@ impl Side {
             identity: Arc::clone(&self.identity),
             pins: vec![peer.identity.fingerprint()],
         };
-        let (endpoint, transport) = transport::endpoint(&config, &keys, 0).unwrap();
+        let (endpoint, transport) =
+            transport::endpoint(&config, &keys, 0, watch::Sender::new(())).unwrap();
         let client = keys.client(&transport).unwrap();
         Raw { endpoint, client }
     }
@@ -560,4 +561,43 @@ fn configurations_that_cannot_work_are_refused() {
         Err(StartError::Bind { link: 0, .. })
     ));
     drop(taken);
+}
+
+#[test]
+fn a_closed_interconnect_frees_its_addresses_whoever_still_holds_it() {
+    let runtime = runtime();
+    let (a, b) = sides(2);
+    // Once with a session, once while the partner refuses and dialling goes on.
+    for refused in [false, true] {
+        let mut one_config = a.config(&b);
+        if refused {
+            one_config.peer_fingerprint = Side::new("other", 0).identity.fingerprint();
+        }
+        let mut one = start(one_config, &runtime);
+        let two = start(b.config(&a), &runtime);
+        let lane = if refused {
+            let told = one.next();
+            assert!(matches!(told, LinkEvent::Refused { .. }), "{told:?}");
+            None
+        } else {
+            one.up();
+            one.links_up(&[0, 1]);
+            let lane = one
+                .interconnect
+                .open_epoch_lane(VmId([7; 16]), Generation(1));
+            Some(lane.unwrap())
+        };
+        for running in [&one, &two] {
+            let clone = running.interconnect.clone();
+            runtime.block_on(async {
+                tokio::time::timeout(PATIENCE, clone.close())
+                    .await
+                    .expect("closed in time");
+            });
+        }
+        for link in a.links.iter().chain(&b.links) {
+            UdpSocket::bind(link).unwrap();
+        }
+        drop(lane);
+    }
 }
