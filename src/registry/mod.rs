@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 mod file;
 mod format;
+pub mod statefile;
 
 pub use file::{FileRegistry, FileRegistryOptions};
 pub use format::{BadRegistryFile, ENTRIES_MAX, FILE_BYTES_MAX, KEY_BYTES_MAX, VALUE_BYTES_MAX};

@@ -1,0 +1,4 @@
+//! x
+pub mod paxos;
+#[cfg(test)]
+mod model;
