@@ -103,12 +103,8 @@ impl State {
     fn new(bounds: &Bounds) -> Self {
         let hosts = (0..bounds.hosts)
             .map(|slot| {
-                let mut machine = Machine::new(
-                    HostSlot(slot),
-                    bounds.disks,
-                    Incarnation(1),
-                    Record::FIRST,
-                );
+                let mut machine =
+                    Machine::new(HostSlot(slot), bounds.disks, Incarnation(1), Record::FIRST);
                 machine.sabotage = bounds.sabotage;
                 Host {
                     machine: Some(machine),
@@ -220,7 +216,11 @@ impl State {
                 // A refused start changes nothing: it is tried again or never.
                 let slot = HostSlot(h as u16);
                 if let Some(record) = recover(slot, &next.disks) {
-                    let record = if bounds.forgets { Record::FIRST } else { record };
+                    let record = if bounds.forgets {
+                        Record::FIRST
+                    } else {
+                        record
+                    };
                     let host = &mut next.hosts[h];
                     host.incarnation += 1;
                     let mut machine =
@@ -410,11 +410,7 @@ fn walk(bounds: Bounds, walks: u64) -> Result<usize, String> {
             }
             let mut event = events[draw(events.len())];
             // Faults are as many as steps to choose from, and would all come at once.
-            if matches!(
-                event,
-                Event::Crash(_) | Event::Lose(_) | Event::Fail(..)
-            ) && draw(8) > 0
-            {
+            if matches!(event, Event::Crash(_) | Event::Lose(_) | Event::Fail(..)) && draw(8) > 0 {
                 event = events[draw(events.len())];
             }
             state = state
@@ -432,7 +428,9 @@ const STATES: usize = 60_000;
 fn states_max() -> usize {
     std::env::var("POLLUX_MODEL_STEPS")
         .ok()
-        .map_or(STATES, |n| n.parse().expect("POLLUX_MODEL_STEPS is a number"))
+        .map_or(STATES, |n| {
+            n.parse().expect("POLLUX_MODEL_STEPS is a number")
+        })
 }
 
 fn walks_max() -> u64 {

@@ -215,7 +215,10 @@ enum Work {
         top: Option<Top>,
     },
     /// Waiting for a value without which the next record cannot be written.
-    Fetch { then: Record, input: Option<ValueId> },
+    Fetch {
+        then: Record,
+        input: Option<ValueId>,
+    },
     /// A phase of the ballot `own.mbal`; phase 2 once `own.bal` equals it.
     Phase {
         disks: Vec<Step>,
@@ -272,18 +275,19 @@ pub fn recover(me: HostSlot, passes: &[Option<Pass>]) -> Option<Record> {
     if own.len() < majority(passes.len()) {
         return None;
     }
-    let newest = own.iter().map(|r| r.instance).max()?;
-    let mut record = own
-        .iter()
-        .filter(|r| r.instance == newest)
-        .max_by_key(|r| (r.bal, r.mbal))
-        .copied()?;
-    // A ballot that was begun on one disk and accepted on none is above all the same.
-    record.mbal = own
-        .iter()
-        .filter(|r| r.instance == newest)
-        .map(|r| r.mbal)
-        .max()?;
+    merge(&own)
+}
+
+/// One host's records on several disks as one that stands for all of them: the newest
+/// instance, its highest ballot, and the proposal with the highest ballot. They need not be of
+/// one and the same record: a ballot that was begun on one disk before a crash may be above
+/// the one that was accepted on the others after it.
+#[must_use]
+pub fn merge(records: &[Record]) -> Option<Record> {
+    let newest = records.iter().map(|r| r.instance).max()?;
+    let newest = || records.iter().filter(move |r| r.instance == newest);
+    let mut record = newest().max_by_key(|r| (r.bal, r.mbal)).copied()?;
+    record.mbal = newest().map(|r| r.mbal).max()?;
     Some(record)
 }
 
