@@ -489,7 +489,8 @@ fn a_daemon_that_crashes_takes_its_qemu_along_and_the_standby_goes_on() {
 #[test]
 fn without_registry_the_guest_holds_still_and_later_one_side_goes_on() {
     let _alone = alone();
-    let mut bench = Bench::new(env(guest("auto")));
+    // A locked file in a folder that can be taken away.
+    let mut bench = Bench::new(env(guest("auto")).statefile_disks(0));
     let (primary, standby) = (bench.host(), bench.other());
     let shared = bench.env.lab().unwrap().plan().hosts[0].shared_dir.clone();
     let away = shared.with_extension("away");

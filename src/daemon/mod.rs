@@ -14,6 +14,7 @@ mod http;
 mod keys;
 mod linktest;
 mod partner;
+mod registry;
 mod store;
 pub mod worker;
 

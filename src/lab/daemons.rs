@@ -45,21 +45,32 @@ pub enum DaemonsError {
 }
 
 /// The configuration of a lab host's daemon, TOML: its directories, its API socket and
-/// the folder all hosts share. Whatever else a host should be told may be appended.
+/// the registry: the lab's statefile, or a locked file if it has none. More keys may be put
+/// before it, more tables appended.
 #[must_use]
 pub fn host_config(name: &HostName, net: &HostNet) -> String {
     let path = |p: &Path| toml::Value::String(p.display().to_string()).to_string();
+    let registry = if net.statefile.is_empty() {
+        format!("kind = \"file\"\ndir = {}", path(&net.shared_dir))
+    } else {
+        let disks: Vec<String> = net.statefile.iter().map(|disk| path(disk)).collect();
+        format!(
+            "kind = \"statefile\"\ndisks = [{}]\nslot = {}",
+            disks.join(", "),
+            net.index
+        )
+    };
     format!(
-        "name = \"{name}\"\nstate_dir = {}\nrun_dir = {}\nram_dir = {}\napi_socket = {}\nregistry_dir = {}\n",
+        "name = \"{name}\"\nstate_dir = {}\nrun_dir = {}\nram_dir = {}\napi_socket = {}\n\n[registry]\n{registry}\n",
         path(&net.state_dir),
         path(&net.run_dir),
         path(&net.run_dir.join("ram")),
         path(&net.api_socket),
-        path(&net.shared_dir),
     )
 }
 
-/// A lab of these hosts, each with a daemon, `private_links` links between each two.
+/// A lab of these hosts, each with a daemon, `private_links` links between each two, and a
+/// statefile of one disk.
 ///
 /// # Errors
 /// [`LabError::Io`] if the running program's path cannot be read.
@@ -73,6 +84,7 @@ pub fn daemon_spec(
     spec.hosts = hosts;
     spec.private_links = private_links;
     spec.keep = keep;
+    spec.statefile_disks = 1;
     Ok(spec)
 }
 

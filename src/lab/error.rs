@@ -79,6 +79,9 @@ pub enum LabError {
         /// The socket's error.
         source: std::io::Error,
     },
+    /// The hosts' statefile cannot be made.
+    #[error("the lab's statefile: {0}")]
+    Statefile(#[source] crate::registry::statefile::MakeError),
     /// A file or system call failed.
     #[error("{what}: {source}")]
     Io {

@@ -8,6 +8,7 @@ use super::wire::{
 };
 use super::{EXEC_COMMAND, KEEPER_COMMAND, LabError, net};
 use crate::pool::HostName;
+use crate::registry::statefile::{self, Geometry};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
@@ -21,6 +22,9 @@ use std::time::Duration;
 const UP_TIMEOUT: Duration = Duration::from_secs(60);
 /// One request; powering a host on is the longest.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(45);
+/// Of a host's value slots in the statefile: the records of some hundred VMs, and little to
+/// write when a lab is made.
+const STATEFILE_SLOT_BYTES: u64 = 64 << 10;
 /// After this a keeper that was told to end is killed.
 const DOWN_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -49,6 +53,7 @@ impl Lab {
         }
         net::find_ip()?;
         let lock = dir::claim(&plan)?;
+        format_statefile(&plan)?;
         for host in &plan.hosts {
             let text = (spec.host_config)(&host.name, host);
             fs::write(&host.config_file, text).map_err(LabError::io(format!(
@@ -480,6 +485,23 @@ pub fn take_down(dir: &Path) -> Result<TakenDown, LabError> {
         Found::Stale(_lock) => dir::empty(dir, false).map(|()| TakenDown::WasStale),
         Found::Alive => Lab::open_at(dir)?.down().map(|()| TakenDown::WasUp),
     }
+}
+
+/// Make the disks of the hosts' statefile, before a host can ask for them.
+fn format_statefile(plan: &LabPlan) -> Result<(), LabError> {
+    let Some(disks) = plan.hosts.first().map(|host| &host.statefile) else {
+        return Ok(());
+    };
+    if disks.is_empty() {
+        return Ok(());
+    }
+    let number = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
+    let geometry = Geometry {
+        disks: number(disks.len()),
+        slots: number(plan.hosts.len()),
+        slot_bytes: STATEFILE_SLOT_BYTES,
+    };
+    statefile::format(disks, geometry, uuid::Uuid::new_v4(), false).map_err(LabError::Statefile)
 }
 
 fn clean(plan: &LabPlan) -> Result<(), LabError> {

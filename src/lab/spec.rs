@@ -75,6 +75,9 @@ pub struct LabSpec {
     pub daemon_argv: Vec<String>,
     /// Content of each host's config file.
     pub host_config: Box<HostConfigFn>,
+    /// Disks of the statefile in the shared folder, formatted before the hosts get power: 1
+    /// or 3, or 0 for none. Default 0.
+    pub statefile_disks: u8,
 }
 
 impl LabSpec {
@@ -105,6 +108,7 @@ impl LabSpec {
             ],
             program,
             host_config,
+            statefile_disks: 0,
         })
     }
 
@@ -205,6 +209,9 @@ impl LabSpec {
             run_dir: dir.join("run"),
             api_socket: dir.join("api.sock"),
             shared_dir: self.dir.join("shared"),
+            statefile: (0..self.statefile_disks)
+                .map(|disk| self.dir.join(format!("shared/statefile{disk}")))
+                .collect(),
             dir,
         }
     }
@@ -295,8 +302,10 @@ pub struct HostNet {
     pub run_dir: PathBuf,
     /// For the daemon's API; reachable from every namespace and from outside the lab.
     pub api_socket: PathBuf,
-    /// One directory that all hosts reach (registry).
+    /// One directory that all hosts reach.
     pub shared_dir: PathBuf,
+    /// The disks of the statefile in it; the host's slot is its index.
+    pub statefile: Vec<PathBuf>,
 }
 
 /// A host of the lab, or the clients' side.

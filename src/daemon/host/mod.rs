@@ -12,12 +12,12 @@ use super::config::HostConfig;
 use super::keys::KeyChange;
 use super::linktest::LinkTest;
 use super::partner::Partner;
+use super::registry;
 use super::store::Store;
 use super::worker::{Env, Routes, Shared};
 use crate::api::types::{ApiError, HostInfo, HostStatus, VmStatus};
 use crate::pool::spec::VmSpec;
 use crate::pool::{HostName, VmId};
-use crate::registry::{FileRegistry, FileRegistryOptions};
 use crate::vm::{kernel, probe};
 use interconnect::epoch::EncodePool;
 use interconnect::identity::{Identity, IdentityDir};
@@ -87,8 +87,7 @@ impl Host {
             tracing::info!("a change of this host's key goes on: the next is {next}");
         }
         let keys = KeyChange::new(identity.fingerprint(), next);
-        let registry = FileRegistry::new(&config.registry_dir, FileRegistryOptions::default());
-        let claims = Claims::start(Box::new(registry))?;
+        let claims = Claims::start(registry::open(&config)?)?;
         let store = Store::open(&config.state_dir)?;
         let routes = Routes::default();
         let env = Arc::new(Env {

@@ -51,6 +51,7 @@ pub struct LabEnv {
     program: Option<PathBuf>,
     keep_files: bool,
     stay_up: bool,
+    statefile_disks: u8,
     lab: Option<Lab>,
     /// Does not answer and is not asked.
     dark: Option<HostName>,
@@ -73,6 +74,7 @@ impl LabEnv {
             program: None,
             keep_files: false,
             stay_up: false,
+            statefile_disks: 1,
             lab: None,
             dark: None,
             home: None,
@@ -97,6 +99,13 @@ impl LabEnv {
     #[must_use]
     pub fn stay_up(mut self) -> Self {
         self.stay_up = true;
+        self
+    }
+
+    /// Disks of the hosts' statefile: 1 or 3, or 0 for a registry in a locked file.
+    #[must_use]
+    pub fn statefile_disks(mut self, disks: u8) -> Self {
+        self.statefile_disks = disks;
         self
     }
 
@@ -233,6 +242,7 @@ impl LabEnv {
                 *program = spec.program.display().to_string();
             }
             spec.keep_files = self.keep_files;
+            spec.statefile_disks = self.statefile_disks;
             self.lab = Some(up_linked(spec).map_err(|e| EnvError::new(step, format!("{e:#}")))?);
         }
         if self.primary().is_ok() {

@@ -1,5 +1,9 @@
 //! The host's configuration file: one TOML file, read once at start.
 
+mod registry;
+
+pub use registry::RegistryConfig;
+
 use crate::mirror::{Micros, Timing};
 use crate::pool::HostName;
 use serde::{Deserialize, Serialize};
@@ -24,8 +28,13 @@ pub struct HostConfig {
     /// The API's unix socket.
     #[serde(default = "default_api_socket")]
     pub api_socket: PathBuf,
-    /// A folder on storage that all hosts of the pool reach: the registry's file.
-    pub registry_dir: PathBuf,
+    /// A folder on storage that all hosts of the pool reach, for a registry in a locked file.
+    /// Either this or `registry`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    registry_dir: Option<PathBuf>,
+    /// The registry; see [`HostConfig::registry`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    registry: Option<RegistryConfig>,
     /// The QEMU binary: a path, or a name looked up in PATH.
     #[serde(default = "default_qemu")]
     pub qemu: String,
@@ -90,6 +99,22 @@ pub enum ConfigError {
         /// Where in it, and what is wrong.
         message: String,
     },
+    /// No registry.
+    #[error(
+        "{path}: no registry is named; give `registry_dir`, or a table `[registry]` with `kind`"
+    )]
+    NoRegistry {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Two of them.
+    #[error(
+        "{path}: both `registry_dir` and `[registry]` are given; keep the one that all hosts of the pool use"
+    )]
+    TwoRegistries {
+        /// The file.
+        path: PathBuf,
+    },
     /// A value that cannot work.
     #[error("{path}: {key} = {value}: {reason}")]
     Value {
@@ -124,12 +149,15 @@ impl HostConfig {
             &mut config.run_dir,
             &mut config.ram_dir,
             &mut config.api_socket,
-            &mut config.registry_dir,
         ] {
             if p.is_relative() {
                 *p = folder.join(&*p);
             }
         }
+        let dir = config.registry_dir.take();
+        let mut registry = RegistryConfig::choose(path, dir, config.registry.take())?;
+        registry.anchor(&folder);
+        config.registry = Some(registry);
         config.check(path)?;
         Ok(config)
     }
@@ -182,6 +210,15 @@ impl HostConfig {
         }
     }
 
+    /// The registry that all hosts of the pool share.
+    ///
+    /// # Panics
+    /// Never after [`HostConfig::read`], which sees to it that there is one.
+    #[must_use]
+    pub fn registry(&self) -> &RegistryConfig {
+        self.registry.as_ref().expect("checked by read")
+    }
+
     /// Where this host's disk images live; relative disk paths of specs start here.
     #[must_use]
     pub fn images_dir(&self) -> PathBuf {
@@ -190,17 +227,19 @@ impl HostConfig {
 }
 
 /// The keys a host configuration may have, for the nearest-key hint.
-const KEYS: [&str; 10] = [
+const KEYS: [&str; 12] = [
     "name",
     "state_dir",
     "run_dir",
     "ram_dir",
     "api_socket",
     "registry_dir",
+    "registry",
     "qemu",
     "qemu_uid",
     "qemu_gid",
     "detection_ms",
+    "heartbeat_ms",
 ];
 
 /// One line: line number, what is wrong and, for an unknown key, the nearest known one.
@@ -215,7 +254,7 @@ fn explain_toml(text: &str, error: &toml::de::Error) -> String {
         .and_then(|rest| rest.split('`').next())
         .and_then(|key| {
             KEYS.iter()
-                .chain(["heartbeat_ms"].iter())
+                .chain(RegistryConfig::KEYS.iter())
                 .min_by_key(|k| strsim::damerau_levenshtein(k, key))
         });
     match hint {
