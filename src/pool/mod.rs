@@ -3,7 +3,9 @@
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 pub mod host;
+pub mod member;
 pub mod spec;
 
 pub use host::HostName;
 pub use interconnect::ids::{Epoch, Generation, VmId};
+pub use member::{HostId, Incarnation, POOL_HOSTS_MAX, Seq};

@@ -1,0 +1,301 @@
+//! The pool state: the one value in the registry that says who is a member and who coordinates.
+//!
+//! Every change is a compare-and-set of the whole value at the version that was read, so a
+//! coordinator that was deposed, or stood still, writes nothing.
+//!
+//! ```text
+//!             joins                 ousted               first proof
+//!   (none) ----------> In -----------------> Ousted ----------------> Dead
+//!     ^                |  said farewell         |  said farewell        |
+//!     |                +--------> Away <--------+                       |
+//!     +---------- joins with a higher incarnation: In <-----------------+
+//! ```
+
+use super::time::Millis;
+use crate::pool::{HostId, HostName, Incarnation, POOL_HOSTS_MAX};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+
+/// The registry's key of it.
+pub const STATE_KEY: &str = "pool/state";
+/// Most bytes of its JSON: 64 members and the decisions kept, with room to grow.
+pub const STATE_BYTES_MAX: usize = 64 << 10;
+/// Decisions that are kept for `pollux why`.
+pub const DECISIONS_MAX: usize = 64;
+/// Longest cause of a decision, in bytes; what is longer is cut.
+pub const CAUSE_BYTES_MAX: usize = 400;
+
+/// How a host's death, or that it runs nothing, is known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Proof {
+    /// A fence agent switched its power off and confirmed that it is off.
+    PowerOff,
+    /// It said itself, in that incarnation, that it runs nothing and will start nothing.
+    Farewell,
+    /// The registry revoked the lease by which it lived, and that lease's time is over.
+    LeaseRevoked,
+    /// Its lease and its watchdog have run out since it was ousted.
+    WatchdogBound {
+        /// What its watchdog was armed with, in milliseconds, as it had reported.
+        watchdog: Millis,
+    },
+}
+
+impl fmt::Display for Proof {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => f.write_str("its power is off, as its fence agent confirmed"),
+            Self::Farewell => f.write_str("it said farewell itself"),
+            Self::LeaseRevoked => f.write_str("its lease was revoked"),
+            Self::WatchdogBound { watchdog } => {
+                write!(f, "its lease and its watchdog of {watchdog} have run out")
+            }
+        }
+    }
+}
+
+/// What a host is to the pool.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Standing {
+    /// A member: it may run VMs, with a lease.
+    In,
+    /// Given up: it must stop, but its VMs may not be restarted yet.
+    Ousted,
+    /// Its VMs may be restarted.
+    Dead(Proof),
+    /// It left by itself, with nothing running.
+    Away,
+}
+
+impl Standing {
+    /// Whether a member may become `next` within the same incarnation.
+    #[must_use]
+    pub const fn may_become(self, next: Self) -> bool {
+        matches!(
+            (self, next),
+            (Self::In, Self::Ousted | Self::Away) | (Self::Ousted, Self::Dead(_) | Self::Away)
+        )
+    }
+}
+
+/// A host of the pool.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Member {
+    /// Its name.
+    pub name: HostName,
+    /// The life it stands in.
+    pub incarnation: Incarnation,
+    /// What it is to the pool.
+    pub standing: Standing,
+}
+
+/// Who decides now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Coordinator {
+    /// The host.
+    pub host: HostId,
+    /// In this life.
+    pub incarnation: Incarnation,
+}
+
+/// Something that was decided.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Decision {
+    /// Rises by one.
+    pub number: u64,
+    /// Who decided.
+    pub by: HostId,
+    /// About whom.
+    pub about: HostId,
+    /// What: "ousted", "dead", "joined", "coordinates".
+    pub what: String,
+    /// Who saw what, and which rule followed from it.
+    pub cause: String,
+}
+
+/// Who is a member, who coordinates, what was decided.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PoolState {
+    /// Rises with every coordinator.
+    pub term: u64,
+    /// Who decides; `None` before the first.
+    pub coordinator: Option<Coordinator>,
+    /// The hosts.
+    pub members: BTreeMap<HostId, Member>,
+    /// Number of the next decision.
+    pub next_decision: u64,
+    /// The newest decisions, oldest first.
+    pub decisions: VecDeque<Decision>,
+}
+
+/// A state that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum BadState {
+    /// Larger than one can be.
+    #[error(
+        "pool state of {0} bytes, the most is {STATE_BYTES_MAX}; the registry's value is damaged"
+    )]
+    TooLong(usize),
+    /// More hosts than a pool has, or one with an impossible number.
+    #[error("pool state with impossible hosts: at most {POOL_HOSTS_MAX}, numbered from 0")]
+    Hosts,
+    /// Not the JSON of a state.
+    #[error("pool state cannot be read: {0}; it is damaged or was written by a newer pollux")]
+    Json(#[from] serde_json::Error),
+}
+
+impl PoolState {
+    /// Read it from the registry's bytes.
+    ///
+    /// # Errors
+    /// [`BadState`].
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, BadState> {
+        if bytes.len() > STATE_BYTES_MAX {
+            return Err(BadState::TooLong(bytes.len()));
+        }
+        let state: Self = serde_json::from_slice(bytes)?;
+        let in_range = |host: &HostId| usize::from(host.0) < POOL_HOSTS_MAX;
+        if !state.members.keys().all(in_range) {
+            return Err(BadState::Hosts);
+        }
+        Ok(state)
+    }
+
+    /// The registry's bytes of it.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        // Plain data with string keys: cannot fail.
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    /// Whether that host, in that life, is a member.
+    #[must_use]
+    pub fn is_in(&self, host: HostId, incarnation: Incarnation) -> bool {
+        self.standing(host, incarnation) == Some(Standing::In)
+    }
+
+    /// What that host, in that life, is to the pool.
+    #[must_use]
+    pub fn standing(&self, host: HostId, incarnation: Incarnation) -> Option<Standing> {
+        self.members
+            .get(&host)
+            .filter(|member| member.incarnation == incarnation)
+            .map(|member| member.standing)
+    }
+
+    /// All that are in, in order.
+    pub fn members_in(&self) -> impl Iterator<Item = (HostId, &Member)> {
+        self.members
+            .iter()
+            .filter(|(_, member)| member.standing == Standing::In)
+            .map(|(host, member)| (*host, member))
+    }
+
+    /// Name of a host, for people.
+    #[must_use]
+    pub fn name(&self, host: HostId) -> String {
+        self.members
+            .get(&host)
+            .map_or_else(|| host.to_string(), |member| member.name.to_string())
+    }
+
+    /// Note a decision.
+    pub fn decide(&mut self, by: HostId, about: HostId, what: &str, cause: &str) {
+        if self.decisions.len() == DECISIONS_MAX {
+            self.decisions.pop_front();
+        }
+        let end = cause.floor_char_boundary(CAUSE_BYTES_MAX);
+        self.decisions.push_back(Decision {
+            number: self.next_decision,
+            by,
+            about,
+            what: what.to_owned(),
+            cause: cause[..end].to_owned(),
+        });
+        self.next_decision += 1;
+    }
+
+    /// Change what a host is to the pool; whether that was possible.
+    pub fn become_standing(&mut self, host: HostId, next: Standing) -> bool {
+        match self.members.get_mut(&host) {
+            Some(member) if member.standing.may_become(next) => {
+                member.standing = next;
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> PoolState {
+        let member = |name: &str| Member {
+            name: HostName::new(name).unwrap(),
+            incarnation: Incarnation(1),
+            standing: Standing::In,
+        };
+        PoolState {
+            term: 1,
+            members: [(HostId(0), member("a")), (HostId(1), member("b"))].into(),
+            ..PoolState::default()
+        }
+    }
+
+    #[test]
+    fn a_member_is_ousted_before_it_is_dead_and_never_comes_back_in_its_life() {
+        let mut state = state();
+        let proof = Standing::Dead(Proof::PowerOff);
+        assert!(!state.become_standing(HostId(1), proof));
+        assert!(state.become_standing(HostId(1), Standing::Ousted));
+        assert!(!state.become_standing(HostId(1), Standing::In));
+        assert!(state.become_standing(HostId(1), proof));
+        for next in [Standing::In, Standing::Ousted, Standing::Away] {
+            assert!(!state.become_standing(HostId(1), next), "{next:?}");
+        }
+        assert!(!state.is_in(HostId(1), Incarnation(1)) && state.is_in(HostId(0), Incarnation(1)));
+        assert!(!state.is_in(HostId(0), Incarnation(2)));
+    }
+
+    #[test]
+    fn the_largest_state_fits_and_comes_back_as_it_was() {
+        let mut state = PoolState::default();
+        for n in 0..64 {
+            let member = Member {
+                name: HostName::new(format!("h{n}").repeat(20)).unwrap(),
+                incarnation: Incarnation(u64::MAX),
+                standing: Standing::Dead(Proof::WatchdogBound {
+                    watchdog: Millis(5000),
+                }),
+            };
+            state.members.insert(HostId(n), member);
+            state.decide(HostId(0), HostId(n), "ousted", &"ä".repeat(1000));
+            state.decide(HostId(0), HostId(n), "dead", "x");
+        }
+        assert_eq!(state.decisions.len(), DECISIONS_MAX);
+        assert_eq!(state.decisions.back().unwrap().number, 127);
+        let bytes = state.to_bytes();
+        assert!(bytes.len() < STATE_BYTES_MAX, "{}", bytes.len());
+        assert_eq!(PoolState::from_bytes(&bytes).unwrap(), state);
+    }
+
+    #[test]
+    fn damaged_states_are_refused_in_words() {
+        let told = |bytes: &[u8]| PoolState::from_bytes(bytes).unwrap_err().to_string();
+        assert!(told(b"{").contains("damaged"));
+        assert!(told(&vec![b' '; STATE_BYTES_MAX + 1]).contains("65537 bytes"));
+        let mut state = state();
+        let member = state.members[&HostId(0)].clone();
+        state.members.insert(HostId(64), member);
+        assert!(told(&state.to_bytes()).contains("impossible hosts"));
+    }
+}
