@@ -11,7 +11,7 @@
 use super::report::{Heard, Path, Report};
 use super::time::Millis;
 use super::timing::Timing;
-use crate::pool::{HostId, Incarnation, POOL_HOSTS_MAX};
+use crate::pool::{HostId, Incarnation, POOL_HOSTS_MAX, Seq};
 use std::collections::BTreeMap;
 
 /// How a path to a host stands.
@@ -143,6 +143,21 @@ impl Contacts {
         self.hosts.get(&host)
     }
 
+    /// The newest report heard of each host.
+    #[must_use]
+    pub fn newest(&self) -> BTreeMap<HostId, (Incarnation, Seq)> {
+        self.hosts
+            .iter()
+            .map(|(host, contact)| (*host, (contact.report.incarnation, contact.report.seq)))
+            .collect()
+    }
+
+    /// Whether this host has not stood still since then.
+    #[must_use]
+    pub fn listens_since(&self, then: Millis) -> bool {
+        self.listening_since <= then
+    }
+
     /// All that was ever heard.
     pub fn iter(&self) -> impl Iterator<Item = (HostId, &Contact)> {
         self.hosts.iter().map(|(host, contact)| (*host, contact))
@@ -170,7 +185,6 @@ impl Contacts {
 mod tests {
     use super::*;
     use crate::ha::report::RegistryView;
-    use crate::pool::Seq;
 
     const NET: Path = Path::Network(0);
     const DISK: Path = Path::Storage(0);

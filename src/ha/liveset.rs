@@ -157,6 +157,7 @@ mod tests {
             name: HostName::new(format!("h{n}")).unwrap(),
             incarnation: Incarnation(1),
             standing: Standing::In,
+            former: None,
         };
         PoolState {
             members: (0..hosts).map(|n| (HostId(n), member(n))).collect(),

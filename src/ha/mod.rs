@@ -16,9 +16,11 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod deciding;
 pub mod detector;
 pub mod lease;
 pub mod liveset;
+pub mod machine;
 
 pub mod report;
 pub mod state;

@@ -91,6 +91,9 @@ pub struct Member {
     pub incarnation: Incarnation,
     /// What it is to the pool.
     pub standing: Standing,
+    /// The life before this one, and how it is known to be over: its VMs may be restarted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub former: Option<(Incarnation, Proof)>,
 }
 
 /// Who decides now.
@@ -243,6 +246,7 @@ mod tests {
             name: HostName::new(name).unwrap(),
             incarnation: Incarnation(1),
             standing: Standing::In,
+            former: None,
         };
         PoolState {
             term: 1,
@@ -276,6 +280,7 @@ mod tests {
                 standing: Standing::Dead(Proof::WatchdogBound {
                     watchdog: Millis(5000),
                 }),
+                former: Some((Incarnation(u64::MAX), Proof::PowerOff)),
             };
             state.members.insert(HostId(n), member);
             state.decide(HostId(0), HostId(n), "ousted", &"ä".repeat(1000));

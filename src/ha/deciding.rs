@@ -1,0 +1,322 @@
+//! What the coordinator decides: who is ousted, whose death is proved, who is to coordinate.
+//!
+//! Pure functions of one view; the machine carries out what comes of them. First comes the
+//! write, by compare-and-set of the state that the view was made of; fencing, and the leave to
+//! restart VMs, follow only from a state that is committed.
+//!
+//! The first proof counts: a confirmed power-off, the host's own farewell in that life, or the
+//! watchdog bound, for a host that had reported an armed watchdog. Without any of them nothing
+//! is restarted, and somebody is told.
+
+use super::detector::Contacts;
+use super::liveset::{Verdict, judge};
+use super::machine::Config;
+use super::report::Report;
+use super::state::{Coordinator, PoolState, Proof, Standing};
+use super::time::Millis;
+use crate::pool::{HostId, Incarnation};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// How the giving up of one life of a host goes on, as this host knows.
+#[derive(Clone, Copy, Debug)]
+struct Ousting {
+    /// When the committed ousting was first seen here: at its commit or later.
+    since: Millis,
+    /// Not before then a fence agent is asked (again); `None` while one is at work.
+    ask_from: Option<Millis>,
+    /// Its power is off for certain.
+    off: bool,
+    alerted: bool,
+}
+
+/// All of them, and how long members have been missed.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Oustings {
+    lives: BTreeMap<(HostId, Incarnation), Ousting>,
+    /// Since when this host would have given a member up.
+    missed: BTreeMap<HostId, Millis>,
+    /// Since when there is no coordinator.
+    leaderless: Option<Millis>,
+}
+
+impl Oustings {
+    /// A committed state was seen at `now`.
+    pub(super) fn follow(&mut self, now: Millis, state: &PoolState) {
+        let ousted: BTreeSet<_> = state
+            .members
+            .iter()
+            .filter(|(_, member)| member.standing == Standing::Ousted)
+            .map(|(host, member)| (*host, member.incarnation))
+            .collect();
+        self.lives.retain(|life, _| ousted.contains(life));
+        for life in ousted {
+            self.lives.entry(life).or_insert(Ousting {
+                since: now,
+                ask_from: Some(now),
+                off: false,
+                alerted: false,
+            });
+        }
+    }
+
+    /// What became of a fence agent's work.
+    pub(super) fn fenced(
+        &mut self,
+        now: Millis,
+        host: HostId,
+        incarnation: Incarnation,
+        confirmed: bool,
+    ) {
+        if let Some(ousting) = self.lives.get_mut(&(host, incarnation)) {
+            ousting.off |= confirmed;
+            ousting.ask_from = Some(now + FENCE_AGAIN);
+        }
+    }
+
+    /// For how long `host` has been missed, if it is `missing` now.
+    fn missed_for(&mut self, host: HostId, missing: bool, now: Millis) -> Millis {
+        if !missing {
+            self.missed.remove(&host);
+            return Millis(0);
+        }
+        now.since(*self.missed.entry(host).or_insert(now))
+    }
+}
+
+/// A fence agent that failed is asked again after this time: it had its own deadline, and its
+/// device may be restarting.
+const FENCE_AGAIN: Millis = Millis(10_000);
+
+/// What a decision rests on.
+pub(super) struct View<'a> {
+    pub(super) now: Millis,
+    pub(super) config: &'a Config,
+    /// The state, read a moment ago.
+    pub(super) state: &'a PoolState,
+    /// Of this host and of all that it hears.
+    pub(super) reports: &'a BTreeMap<HostId, &'a Report>,
+    pub(super) contacts: &'a Contacts,
+    /// Whether this host may oust others.
+    pub(super) settled: bool,
+}
+
+/// What follows.
+#[derive(Debug, Default)]
+pub(super) struct Decided {
+    /// The next state; nothing else is to be done before it is committed.
+    pub(super) write: Option<PoolState>,
+    /// Lives to fence.
+    pub(super) fence: Vec<(HostId, Incarnation)>,
+    /// Lives whose VMs may be restarted.
+    pub(super) may_restart: Vec<(HostId, Incarnation, Proof)>,
+    /// To be told to somebody.
+    pub(super) alerts: Vec<String>,
+}
+
+/// Make this host the coordinator.
+pub(super) fn take_over(state: &mut PoolState, config: &Config, cause: &str) {
+    state.term += 1;
+    state.coordinator = Some(Coordinator {
+        host: config.me,
+        incarnation: config.incarnation,
+    });
+    state.decide(config.me, config.me, "coordinates", cause);
+}
+
+/// Decide by this view.
+pub(super) fn decide(view: &View<'_>, oustings: &mut Oustings) -> Decided {
+    let verdicts = judge(&view.config.timing, view.state, view.reports);
+    let me = view.config.me;
+    if verdicts.get(&me) != Some(&Verdict::Stays) {
+        // The others are the better side.
+        return Decided::default();
+    }
+    match view.state.coordinator {
+        Some(c) if c.host == me && c.incarnation == view.config.incarnation => {
+            oustings.leaderless = None;
+            coordinate(view, &verdicts, oustings)
+        }
+        Some(c)
+            if view.state.is_in(c.host, c.incarnation)
+                && verdicts.get(&c.host) == Some(&Verdict::Stays) =>
+        {
+            oustings.leaderless = None;
+            Decided::default()
+        }
+        _ => elect(view, &verdicts, oustings),
+    }
+}
+
+fn reaches_gateway(view: &View<'_>) -> bool {
+    let own = view.reports.get(&view.config.me);
+    own.is_some_and(|own| own.reaches_gateway(view.config.timing.network_lost))
+}
+
+/// How long this host lets others be first.
+fn hesitation(view: &View<'_>) -> Millis {
+    if reaches_gateway(view) {
+        Millis(0)
+    } else {
+        view.config.timing.hesitation
+    }
+}
+
+/// No coordinator is heard: the first host that stays and reaches the registry becomes it.
+fn elect(
+    view: &View<'_>,
+    verdicts: &BTreeMap<HostId, Verdict>,
+    oustings: &mut Oustings,
+) -> Decided {
+    let since = *oustings.leaderless.get_or_insert(view.now);
+    let fit = |host: &HostId| {
+        verdicts.get(host) == Some(&Verdict::Stays)
+            && view.reports[host]
+                .registry
+                .age
+                .is_some_and(|age| age < view.config.timing.network_lost)
+    };
+    let first = view.reports.keys().find(|host| fit(host));
+    if first != Some(&view.config.me) || view.now.since(since) < hesitation(view) {
+        return Decided::default();
+    }
+    let before = view.state.coordinator.map(|c| c.host);
+    let cause = match before {
+        Some(host) => match verdicts.get(&host) {
+            Some(Verdict::Lost(why) | Verdict::Goes(why)) => {
+                format!("coordinator {} is gone: {why}", view.state.name(host))
+            }
+            _ => format!("coordinator {} is no member", view.state.name(host)),
+        },
+        None => "there is no coordinator".to_owned(),
+    };
+    let mut next = view.state.clone();
+    take_over(&mut next, view.config, &cause);
+    Decided {
+        write: Some(next),
+        ..Decided::default()
+    }
+}
+
+fn coordinate(
+    view: &View<'_>,
+    verdicts: &BTreeMap<HostId, Verdict>,
+    oustings: &mut Oustings,
+) -> Decided {
+    let mut next = view.state.clone();
+    let changes = [
+        oust(view, verdicts, oustings, &mut next),
+        prove(view, oustings, &mut next),
+    ];
+    if changes.contains(&true) {
+        return Decided {
+            write: Some(next),
+            ..Decided::default()
+        };
+    }
+    let mut decided = Decided::default();
+    for ((host, incarnation), ousting) in &mut oustings.lives {
+        let now = ousting.ask_from.is_some_and(|from| from <= view.now);
+        if view.config.power_fencing && now && !ousting.off {
+            ousting.ask_from = None;
+            decided.fence.push((*host, *incarnation));
+        }
+        if !view.config.power_fencing
+            && bound(view, *host, *incarnation).is_none()
+            && !ousting.alerted
+        {
+            ousting.alerted = true;
+            decided.alerts.push(format!(
+                "{} is given up, but nothing can prove that it runs nothing any more: it has no fence agent and had reported no watchdog. Its VMs stay down until it says so itself; make certain that it is off and tell the pool",
+                view.state.name(*host)
+            ));
+        }
+    }
+    for (host, member) in &view.state.members {
+        if let Standing::Dead(proof) = member.standing {
+            decided.may_restart.push((*host, member.incarnation, proof));
+        }
+        if member.standing == Standing::Away {
+            let said = (*host, member.incarnation, Proof::Farewell);
+            decided.may_restart.push(said);
+        }
+        if let Some((incarnation, proof)) = member.former {
+            decided.may_restart.push((*host, incarnation, proof));
+        }
+    }
+    decided
+}
+
+fn oust(
+    view: &View<'_>,
+    verdicts: &BTreeMap<HostId, Verdict>,
+    oustings: &mut Oustings,
+    next: &mut PoolState,
+) -> bool {
+    let mut changed = false;
+    for (host, verdict) in verdicts {
+        let why = match verdict {
+            Verdict::Stays => None,
+            Verdict::Goes(why) | Verdict::Lost(why) => Some(why),
+        };
+        let missed = oustings.missed_for(*host, why.is_some(), view.now);
+        let Some(why) = why.filter(|_| view.settled && missed >= hesitation(view)) else {
+            continue;
+        };
+        if next.become_standing(*host, Standing::Ousted) {
+            next.decide(view.config.me, *host, "ousted", why);
+            changed = true;
+        }
+    }
+    changed
+}
+
+/// The watchdog that a lost life had reported.
+fn bound(view: &View<'_>, host: HostId, incarnation: Incarnation) -> Option<Millis> {
+    let contact = view.contacts.get(host)?;
+    (contact.report.incarnation == incarnation)
+        .then_some(contact.report.watchdog)
+        .flatten()
+}
+
+fn prove(view: &View<'_>, oustings: &Oustings, next: &mut PoolState) -> bool {
+    let mut changed = false;
+    for (host, member) in &view.state.members {
+        let life = (*host, member.incarnation);
+        let farewell = view.contacts.get(*host).is_some_and(|contact| {
+            contact.report.incarnation == member.incarnation && contact.report.farewell
+        });
+        let (standing, what) = match member.standing {
+            Standing::In if farewell => (Standing::Away, "away"),
+            Standing::Ousted => {
+                let Some(ousting) = oustings.lives.get(&life) else {
+                    continue;
+                };
+                let watchdog = bound(view, life.0, life.1);
+                let run_out = watchdog.filter(|watchdog| {
+                    let waits = view.config.timing.watchdog_bound(*watchdog);
+                    view.now.since(ousting.since) >= waits
+                });
+                let proof = if farewell {
+                    Proof::Farewell
+                } else if ousting.off {
+                    Proof::PowerOff
+                } else if let Some(watchdog) = run_out {
+                    Proof::WatchdogBound { watchdog }
+                } else {
+                    continue;
+                };
+                (Standing::Dead(proof), "dead")
+            }
+            _ => continue,
+        };
+        if next.become_standing(*host, standing) {
+            let cause = match standing {
+                Standing::Dead(proof) => proof.to_string(),
+                _ => Proof::Farewell.to_string(),
+            };
+            next.decide(view.config.me, *host, what, &cause);
+            changed = true;
+        }
+    }
+    changed
+}

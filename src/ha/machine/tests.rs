@@ -1,0 +1,582 @@
+//! Several machines in virtual time: networks, disks, a registry, watchdogs, fence agents.
+
+use super::*;
+use crate::sim::Rng;
+use std::collections::VecDeque;
+
+const STEP: u64 = 10;
+/// A registry operation: half of it until it takes effect.
+const REGISTRY_MS: u64 = 40;
+/// VMs are stopped within.
+const STOP_MS: u64 = 300;
+const BOOT_MS: u64 = 8000;
+
+struct Host {
+    machine: Option<Machine>,
+    life: u64,
+    next_tick: u64,
+    frozen_until: u64,
+    pet_until: Option<u64>,
+    /// Whether this life may have effect outside.
+    effect: bool,
+    gateway: bool,
+    registry: bool,
+    disk: bool,
+    inbox: VecDeque<(u64, Input)>,
+    boot_at: Option<u64>,
+    resets: u32,
+}
+
+struct World {
+    now: u64,
+    hosts: Vec<Host>,
+    /// Whether what the first sends reaches the second.
+    net: Vec<Vec<bool>>,
+    watchdog: bool,
+    /// How long a fence agent takes; `None`: there is none.
+    fencing: Option<u64>,
+    fence_works: bool,
+    registry: Option<(u64, PoolState)>,
+    /// Operations with the time at which they take effect.
+    operations: Vec<(u64, usize, Option<(Option<u64>, PoolState)>)>,
+    may_restart: Vec<(u64, u8, u64, Proof)>,
+    alerts: Vec<String>,
+}
+
+fn name(n: usize) -> HostName {
+    HostName::new(format!("h{n}")).unwrap()
+}
+
+impl World {
+    fn new(hosts: usize) -> Self {
+        let mut world = Self {
+            now: 0,
+            hosts: Vec::new(),
+            net: vec![vec![true; hosts]; hosts],
+            watchdog: true,
+            fencing: None,
+            fence_works: true,
+            registry: None,
+            operations: Vec::new(),
+            may_restart: Vec::new(),
+            alerts: Vec::new(),
+        };
+        for n in 0..hosts {
+            world.hosts.push(Host {
+                machine: None,
+                life: 0,
+                next_tick: 0,
+                frozen_until: 0,
+                pet_until: None,
+                effect: false,
+                gateway: true,
+                registry: true,
+                disk: true,
+                inbox: VecDeque::new(),
+                boot_at: Some(n as u64 * 70),
+                resets: 0,
+            });
+        }
+        world
+    }
+
+    /// All are members, and have listened for long enough to judge.
+    fn formed(hosts: usize) -> Self {
+        let mut world = Self::new(hosts);
+        world.run(15_000);
+        assert_eq!(world.members(), (0..hosts).collect::<Vec<_>>());
+        world
+    }
+
+    fn fenced(mut self, takes: u64) -> Self {
+        self.fencing = Some(takes);
+        for host in &mut self.hosts {
+            if let Some(machine) = &mut host.machine {
+                machine.config.power_fencing = true;
+            }
+        }
+        self
+    }
+
+    fn members(&self) -> Vec<usize> {
+        let member = |n: &usize| {
+            let machine = self.hosts[*n].machine.as_ref();
+            machine.is_some_and(|machine| *machine.phase() == Phase::Member)
+        };
+        (0..self.hosts.len()).filter(member).collect()
+    }
+
+    fn state(&self) -> &PoolState {
+        &self.registry.as_ref().unwrap().1
+    }
+
+    fn coordinator(&self) -> usize {
+        usize::from(self.state().coordinator.unwrap().host.0)
+    }
+
+    fn resets(&self) -> Vec<u32> {
+        self.hosts.iter().map(|host| host.resets).collect()
+    }
+
+    fn cut(&mut self, a: usize, b: usize, works: bool) {
+        self.net[a][b] = works;
+        self.net[b][a] = works;
+    }
+
+    fn start(&mut self, n: usize) {
+        let host = &mut self.hosts[n];
+        host.life += 1;
+        host.boot_at = None;
+        host.effect = false;
+        host.pet_until = None;
+        host.inbox.clear();
+        host.next_tick = self.now + 7 * n as u64;
+        let config = Config {
+            me: HostId(u8::try_from(n).unwrap()),
+            name: name(n),
+            incarnation: Incarnation(host.life),
+            timing: Timing::DEFAULT,
+            watchdog: self.watchdog.then_some(Timing::DEFAULT.watchdog),
+            power_fencing: self.fencing.is_some(),
+        };
+        host.machine = Some(Machine::new(config, Millis(self.now)));
+    }
+
+    /// Power is gone.
+    fn crash(&mut self, n: usize) {
+        let host = &mut self.hosts[n];
+        host.machine = None;
+        host.effect = false;
+        host.boot_at = None;
+        host.frozen_until = 0;
+        host.inbox.clear();
+    }
+
+    fn run(&mut self, ms: u64) {
+        let end = self.now + ms;
+        while self.now < end {
+            self.step();
+        }
+    }
+
+    /// Until it is so; how long that took.
+    fn until(&mut self, what: &str, most: u64, so: impl Fn(&Self) -> bool) -> u64 {
+        let begun = self.now;
+        while !so(self) {
+            assert!(
+                self.now < begun + most,
+                "not within {most} ms: {what}\n{:#?}",
+                self.registry.as_ref().map(|r| &r.1.decisions)
+            );
+            self.step();
+        }
+        self.now - begun
+    }
+
+    fn step(&mut self) {
+        self.now += STEP;
+        self.operate();
+        for n in 0..self.hosts.len() {
+            let now = self.now;
+            let host = &mut self.hosts[n];
+            if host.boot_at.is_some_and(|at| at <= now) {
+                self.start(n);
+                continue;
+            }
+            let watchdog = Timing::DEFAULT.watchdog.0;
+            if self.watchdog && host.pet_until.is_some_and(|until| now >= until + watchdog) {
+                self.crash(n);
+                let host = &mut self.hosts[n];
+                host.resets += 1;
+                host.pet_until = None;
+                host.boot_at = Some(now + BOOT_MS);
+                continue;
+            }
+            if now < host.frozen_until {
+                continue;
+            }
+            while let Some(at) = self.hosts[n].inbox.iter().position(|(at, _)| *at <= now) {
+                let (_, input) = self.hosts[n].inbox.remove(at).unwrap();
+                if matches!(input, Input::Stopped) {
+                    self.hosts[n].effect = false;
+                }
+                self.feed(n, input);
+            }
+            let host = &mut self.hosts[n];
+            if host.machine.is_some() && host.next_tick <= now {
+                host.next_tick = now + Timing::DEFAULT.period.0;
+                let local = Local {
+                    gateway_age: host.gateway.then_some(Millis(100)),
+                    storage_ok: true,
+                    ..Local::default()
+                };
+                self.feed(n, Input::Local(local));
+                self.feed(n, Input::Tick);
+            }
+        }
+    }
+
+    fn operate(&mut self) {
+        let now = self.now;
+        let (due, left): (Vec<_>, Vec<_>) = std::mem::take(&mut self.operations)
+            .into_iter()
+            .partition(|(at, ..)| *at <= now);
+        self.operations = left;
+        for (at, n, operation) in due {
+            let works = self.hosts[n].registry;
+            let found = self.registry.clone();
+            let answer = match operation {
+                None if !works => Input::Read(Err("no answer".into())),
+                None => Input::Read(Ok(
+                    found.map(|(version, value)| Versioned { version, value })
+                )),
+                Some(_) if !works => Input::Written(WriteOutcome::Lost),
+                Some((expected, state)) => {
+                    let version = found.as_ref().map(|(version, _)| *version);
+                    if version == expected {
+                        let bytes = state.to_bytes();
+                        let state = PoolState::from_bytes(&bytes).unwrap();
+                        let version = version.unwrap_or(0) + 1;
+                        self.registry = Some((version, state));
+                        Input::Written(WriteOutcome::Won { version })
+                    } else {
+                        Input::Written(WriteOutcome::Lost)
+                    }
+                }
+            };
+            self.hosts[n]
+                .inbox
+                .push_back((at + REGISTRY_MS / 2, answer));
+        }
+    }
+
+    fn feed(&mut self, n: usize, input: Input) {
+        let now = self.now;
+        let Some(machine) = &mut self.hosts[n].machine else {
+            return;
+        };
+        let actions = machine.handle(Millis(now), input);
+        if *machine.phase() == Phase::Member {
+            self.hosts[n].effect = true;
+        }
+        for action in actions {
+            self.act(n, action);
+        }
+    }
+
+    fn act(&mut self, n: usize, action: Action) {
+        let now = self.now;
+        match action {
+            Action::Publish(report) => {
+                let report = Report::decode(&report.encode()).unwrap();
+                for other in (0..self.hosts.len()).filter(|other| *other != n) {
+                    let mut send = |path, after| {
+                        let report = report.clone();
+                        let heard = Input::Heard { path, report };
+                        self.hosts[other].inbox.push_back((now + after, heard));
+                    };
+                    if self.net[n][other] {
+                        send(Path::Network(0), 1);
+                    }
+                    if self.hosts[n].disk && self.hosts[other].disk {
+                        let path = Path::Storage(0);
+                        let heard = Input::Heard {
+                            path,
+                            report: report.clone(),
+                        };
+                        self.hosts[other].inbox.push_back((now + 50, heard));
+                    }
+                }
+            }
+            Action::Read => self.operations.push((now + REGISTRY_MS / 2, n, None)),
+            Action::Write { expected, state } => {
+                let operation = Some((expected, state));
+                self.operations.push((now + REGISTRY_MS / 2, n, operation));
+            }
+            Action::PetUntil(until) => self.hosts[n].pet_until = Some(until.0),
+            Action::Fence { host, incarnation } => {
+                let Some(takes) = self.fencing else {
+                    panic!("nothing to fence with");
+                };
+                if self.fence_works {
+                    let target = usize::from(host.0);
+                    if self.hosts[target].life == incarnation.0 {
+                        self.crash(target);
+                    }
+                }
+                let done = Input::Fenced {
+                    host,
+                    incarnation,
+                    confirmed: self.fence_works,
+                };
+                self.hosts[n].inbox.push_back((now + takes, done));
+            }
+            Action::StopVms { .. } => {
+                self.hosts[n]
+                    .inbox
+                    .push_back((now + STOP_MS, Input::Stopped));
+            }
+            Action::MayRestart {
+                host,
+                incarnation,
+                proof,
+            } => {
+                let former = &self.hosts[usize::from(host.0)];
+                assert!(
+                    !(former.effect && former.life == incarnation.0),
+                    "one-life: at {now} ms the VMs of {host} are let go ({proof:?}), and it still runs them"
+                );
+                self.may_restart.push((now, host.0, incarnation.0, proof));
+            }
+            Action::Alert(text) => self.alerts.push(text),
+            Action::Over => self.hosts[n].boot_at = Some(now + STEP),
+        }
+    }
+}
+
+#[test]
+fn hosts_that_start_together_make_one_pool_with_one_coordinator() {
+    for hosts in [1, 2, 3, 8] {
+        let world = World::formed(hosts);
+        assert_eq!((world.state().term, world.coordinator()), (1, 0));
+        assert_eq!(world.state().members_in().count(), hosts);
+        assert!(world.may_restart.is_empty() && world.resets().iter().all(|n| *n == 0));
+    }
+}
+
+#[test]
+fn a_crash_is_survived_within_15_s_by_the_watchdog_alone() {
+    for dies in [0, 1, 2] {
+        let mut world = World::formed(3);
+        world.crash(dies);
+        let took = world.until("may restart", 15_000, |w| !w.may_restart.is_empty());
+        let (_, host, life, proof) = world.may_restart[0];
+        assert_eq!((usize::from(host), life), (dies, 1));
+        assert!(matches!(proof, Proof::WatchdogBound { .. }), "{proof:?}");
+        assert!(
+            took > 8000,
+            "sooner than lease and watchdog can have run out: {took}"
+        );
+        world.run(20_000);
+        assert_eq!(world.members().len(), 2);
+        assert_eq!(world.resets(), [0, 0, 0]);
+    }
+}
+
+#[test]
+fn a_crash_is_survived_within_5_s_when_the_power_is_confirmed_off() {
+    for dies in [0, 2] {
+        let mut world = World::formed(3).fenced(1000);
+        world.crash(dies);
+        world.until("may restart", 5_000, |w| !w.may_restart.is_empty());
+        assert_eq!(world.may_restart[0].3, Proof::PowerOff);
+    }
+}
+
+#[test]
+fn a_fence_agent_that_fails_proves_nothing() {
+    let mut world = World::formed(3).fenced(1000);
+    world.fence_works = false;
+    world.watchdog = true;
+    world.crash(2);
+    world.until("may restart", 15_000, |w| !w.may_restart.is_empty());
+    assert!(matches!(
+        world.may_restart[0].3,
+        Proof::WatchdogBound { .. }
+    ));
+}
+
+#[test]
+fn without_any_proof_nothing_is_restarted_and_somebody_is_told() {
+    let mut world = World::new(3);
+    world.watchdog = false;
+    world.run(15_000);
+    world.crash(1);
+    world.run(60_000);
+    assert!(world.may_restart.is_empty());
+    assert!(
+        world
+            .alerts
+            .iter()
+            .any(|alert| alert.contains("h1") && alert.contains("nothing can prove"))
+    );
+    // Its next life is the word that the former one runs nothing.
+    world.hosts[1].boot_at = Some(world.now);
+    world.until("may restart", 10_000, |w| !w.may_restart.is_empty());
+    assert_eq!(world.may_restart[0].2, 1);
+}
+
+#[test]
+fn of_two_hosts_whose_link_is_cut_the_one_that_reaches_the_gateway_stays() {
+    for good in [0, 1] {
+        let mut world = World::formed(2);
+        world.cut(0, 1, false);
+        world.hosts[1 - good].gateway = false;
+        world.until("decided", 10_000, |w| w.state().members_in().count() == 1);
+        assert_eq!(
+            world.state().members_in().next().unwrap().0.0 as usize,
+            good
+        );
+        world.until("may restart", 15_000, |w| !w.may_restart.is_empty());
+        assert_eq!(world.hosts[good].resets, 0);
+        // It comes back as another life, and is not given up again.
+        world.hosts[1 - good].gateway = true;
+        world.cut(0, 1, true);
+        world.until("both again", 40_000, |w| w.members() == [0, 1]);
+        world.run(20_000);
+        assert_eq!(world.members(), [0, 1]);
+    }
+}
+
+#[test]
+fn what_is_no_reason_to_go_resets_nobody() {
+    type Fault = fn(&mut World);
+    let faults: [(&str, Fault); 6] = [
+        ("link cut, both reach gateway and storage", |w| {
+            w.cut(0, 1, false)
+        }),
+        ("heartbeat switch dead", |w| {
+            w.cut(0, 1, false);
+            w.cut(0, 2, false);
+            w.cut(1, 2, false);
+        }),
+        ("gateway dead", |w| {
+            w.hosts.iter_mut().for_each(|h| h.gateway = false)
+        }),
+        ("statefile lost by one", |w| {
+            (w.hosts[2].registry, w.hosts[2].disk) = (false, false);
+        }),
+        ("statefile lost by the coordinator", |w| {
+            (w.hosts[0].registry, w.hosts[0].disk) = (false, false);
+        }),
+        ("statefile lost by all", |w| {
+            w.hosts
+                .iter_mut()
+                .for_each(|h| (h.registry, h.disk) = (false, false));
+        }),
+    ];
+    for (what, fault) in faults {
+        let mut world = World::formed(3);
+        fault(&mut world);
+        world.run(120_000);
+        assert_eq!(world.members(), [0, 1, 2], "{what}");
+        assert_eq!(world.resets(), [0, 0, 0], "{what}");
+        assert!(world.may_restart.is_empty(), "{what}");
+    }
+}
+
+#[test]
+fn a_host_that_lost_every_path_stops_before_its_vms_are_restarted() {
+    let mut world = World::formed(3);
+    world.cut(2, 0, false);
+    world.cut(2, 1, false);
+    (world.hosts[2].registry, world.hosts[2].disk) = (false, false);
+    world.until("its VMs stop", 5_000, |w| !w.hosts[2].effect);
+    world.until("it is reset", 6_000, |w| w.hosts[2].resets == 1);
+    world.until("may restart", 6_000, |w| !w.may_restart.is_empty());
+    assert_eq!(world.members(), [0, 1]);
+}
+
+#[test]
+fn a_coordinator_that_stood_still_for_20_s_does_nothing_late() {
+    let mut world = World::formed(3);
+    world.hosts[0].frozen_until = world.now + 20_000;
+    world.until("another coordinates", 6_000, |w| w.coordinator() != 0);
+    world.until("may restart", 15_000, |w| !w.may_restart.is_empty());
+    world.until("all again", 60_000, |w| w.members() == [0, 1, 2]);
+    assert_eq!(world.hosts[0].life, 2);
+    assert_eq!(world.state().term, 2);
+    // Without a watchdog: it wakes up as what it was.
+    let mut world = World::new(3);
+    world.watchdog = false;
+    world.run(15_000);
+    world.hosts[0].frozen_until = world.now + 20_000;
+    world.until("another coordinates", 6_000, |w| w.coordinator() != 0);
+    world.until("a new life", 60_000, |w| w.hosts[0].life == 2);
+    world.until("all again", 60_000, |w| w.members() == [0, 1, 2]);
+    assert!(
+        world
+            .may_restart
+            .iter()
+            .any(|(_, host, life, _)| (*host, *life) == (0, 1))
+    );
+}
+
+#[test]
+fn short_stalls_are_no_death() {
+    let mut world = World::formed(4);
+    let mut rng = Rng::new(5);
+    for _ in 0..200 {
+        let n = usize::try_from(rng.below(4)).unwrap();
+        world.hosts[n].frozen_until = world.now + rng.below(900);
+        world.run(1000);
+    }
+    assert_eq!(world.members().len(), 4);
+    assert!(world.hosts.iter().all(|host| host.life == 1));
+}
+
+#[test]
+fn whatever_fails_nothing_runs_twice_and_in_the_end_all_are_members() {
+    let seeds = std::env::var("POLLUX_SEEDS").map_or(150, |n| n.parse().unwrap());
+    let first = std::env::var("POLLUX_SEED").map_or(1, |n| n.parse().unwrap());
+    for seed in first..first + seeds {
+        eprintln!("seed {seed}");
+        let mut rng = Rng::new(seed);
+        let hosts = usize::try_from(2 + rng.below(4)).unwrap();
+        let mut world = World::new(hosts);
+        world.watchdog = rng.below(4) > 0;
+        world.fencing = (rng.below(2) > 0).then(|| 200 + rng.below(3000));
+        world.fence_works = rng.below(3) > 0;
+        for _ in 0..20 + rng.below(20) {
+            let n = usize::try_from(rng.below(hosts as u64)).unwrap();
+            let other = usize::try_from(rng.below(hosts as u64)).unwrap();
+            let works = rng.below(2) > 0;
+            match rng.below(8) {
+                0 => {
+                    world.crash(n);
+                    world.hosts[n].pet_until = None;
+                    world.hosts[n].boot_at = Some(world.now + rng.below(20_000));
+                }
+                1 => world.hosts[n].frozen_until = world.now + rng.below(25_000),
+                2 => world.net[n][other] = works,
+                3 => world.cut(n, other, works),
+                4 => world.hosts[n].registry = works,
+                5 => world.hosts[n].disk = works,
+                6 => world.hosts[n].gateway = works,
+                _ => {
+                    for host in &mut world.hosts {
+                        (host.registry, host.disk) = (works, works);
+                    }
+                }
+            }
+            world.run(rng.below(8000));
+        }
+        for n in 0..hosts {
+            for other in 0..hosts {
+                world.net[n][other] = true;
+            }
+            let host = &mut world.hosts[n];
+            (host.registry, host.disk, host.gateway) = (true, true, true);
+            if host.machine.is_none() && host.boot_at.is_none() {
+                host.boot_at = Some(world.now);
+            }
+        }
+        let all: Vec<usize> = (0..hosts).collect();
+        let end = world.now + 90_000;
+        while world.members() != all {
+            assert!(
+                world.now < end,
+                "seed {seed}: {:?} of {hosts}\n{:#?}",
+                world.members(),
+                world.state()
+            );
+            world.step();
+            // Whoever was switched off is switched on again.
+            for host in &mut world.hosts {
+                if host.machine.is_none() && host.boot_at.is_none() {
+                    host.boot_at = Some(world.now + 1000);
+                }
+            }
+        }
+    }
+}
