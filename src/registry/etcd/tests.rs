@@ -1,0 +1,505 @@
+//! The registry in one etcd: the common suite, every way an answer can fail to come, leases and
+//! watches.
+
+use super::testbed::{Cluster, Impostor, PATIENCE, make_certificates, read_request};
+use super::{
+    CasOutcome, EtcdChange, EtcdConfigError, EtcdEvent, EtcdOptions, EtcdRegistry, Held, Holding,
+    PAGE_KEYS, Registry, RegistryError, Revision, Seen, Space, VALUE_BYTES_MAX, Versioned,
+    WatchEnd,
+};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::time::Duration;
+use tokio::runtime::Runtime;
+
+crate::registry::suite::registry_suite!(Cluster::start(1));
+
+/// A deadline for what never comes.
+const SHORT: Duration = Duration::from_millis(300);
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+fn open(runtime: &Runtime, urls: &[String], deadline: Duration) -> EtcdRegistry {
+    let options = EtcdOptions {
+        deadline,
+        ..EtcdOptions::new("test", urls.to_vec())
+    };
+    EtcdRegistry::new(&options, runtime.handle().clone()).unwrap()
+}
+
+/// A URL where nobody listens.
+fn nobody() -> String {
+    let probe = TcpListener::bind("127.0.0.1:0").unwrap();
+    format!("http://{}", probe.local_addr().unwrap())
+}
+
+fn won(version: u64) -> CasOutcome {
+    CasOutcome::Won { version }
+}
+
+fn assert_not_done(outcome: Result<impl std::fmt::Debug, RegistryError>, part: &str) {
+    let error = outcome.unwrap_err();
+    let text = error.to_string();
+    assert!(matches!(error, RegistryError::NotDone { .. }), "{text}");
+    assert!(text.contains(part), "{text}");
+}
+
+fn assert_unknown(outcome: Result<impl std::fmt::Debug, RegistryError>, part: &str) {
+    let error = outcome.unwrap_err();
+    let text = error.to_string();
+    assert!(matches!(error, RegistryError::Unknown { .. }), "{text}");
+    assert!(text.contains(part), "{text}");
+}
+
+fn http(status: &str, body: &str) -> Vec<u8> {
+    let length = body.len();
+    format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\n\r\n{body}").into_bytes()
+}
+
+#[test]
+fn an_etcd_that_is_down_has_done_nothing() {
+    let runtime = runtime();
+    let mut registry = open(&runtime, &[nobody(), nobody()], PATIENCE);
+    let cas = registry.compare_and_set("k", None, b"v");
+    assert_not_done(cas, "Connection refused");
+    assert_not_done(registry.read("k"), "Connection refused");
+    assert_not_done(registry.list(""), "Connection refused");
+}
+
+#[test]
+fn a_member_that_is_down_is_passed_over() {
+    let cluster = Cluster::start(1);
+    let mut options = cluster.options(&[0]);
+    options.endpoints.insert(0, nobody());
+    options.endpoints.push(nobody());
+    let mut registry = cluster.open_with(&options);
+    assert_eq!(registry.compare_and_set("k", None, b"v").unwrap(), won(1));
+    assert_eq!(registry.read("k").unwrap().unwrap().value, b"v");
+}
+
+#[test]
+fn an_etcd_that_never_answers_is_given_up_and_a_write_to_it_is_unknown() {
+    let runtime = runtime();
+    let mut kept = Vec::new();
+    let silent = Impostor::start(move |stream| kept.push(stream));
+    let mut registry = open(&runtime, &[silent.url()], SHORT);
+    assert_unknown(registry.compare_and_set("k", None, b"v"), "in time");
+    assert_not_done(registry.read("k"), "in time");
+    assert_not_done(registry.list(""), "in time");
+    let mut watch = registry.watch_from(Space::Keys, "", Revision(1));
+    let error = watch.next(SHORT).unwrap_err();
+    assert!(matches!(error, WatchEnd::NotNow(_)), "{error}");
+}
+
+#[test]
+fn a_silent_member_leaves_time_to_read_from_another() {
+    let cluster = Cluster::start(1);
+    let mut kept = Vec::new();
+    let silent = Impostor::start(move |stream| kept.push(stream));
+    cluster.registry().compare_and_set("k", None, b"v").unwrap();
+    let mut options = cluster.options(&[0]);
+    options.endpoints.insert(0, silent.url());
+    options.deadline = Duration::from_secs(2);
+    let found = cluster.open_with(&options).read("k").unwrap();
+    assert_eq!(found.unwrap().value, b"v");
+}
+
+#[test]
+fn a_write_that_found_no_tls_partner_did_not_happen() {
+    let runtime = runtime();
+    let dir = tempfile::tempdir().unwrap();
+    let mut kept = Vec::new();
+    let silent = Impostor::start(move |stream| kept.push(stream));
+    let options = EtcdOptions {
+        tls: Some(make_certificates(dir.path(), Ipv4Addr::LOCALHOST)),
+        deadline: SHORT,
+        ..EtcdOptions::new("test", vec![format!("https://{}", silent.address)])
+    };
+    let mut registry = EtcdRegistry::new(&options, runtime.handle().clone()).unwrap();
+    let cas = registry.compare_and_set("k", None, b"v");
+    assert_not_done(cas, "no connection in time");
+}
+
+#[test]
+fn garbage_is_no_answer_and_a_write_it_answers_is_unknown() {
+    let header = r#"{"header":{"cluster_id":"1","revision":"1"}"#;
+    let put = r#"{"response_put":{}}"#;
+    let kv = r#"{"key":"eA==","value":"","version":"1","mod_revision":"1"}"#;
+    let answers: Vec<Vec<u8>> = vec![
+        b"\0\xff\x13garbage".to_vec(),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nshort".to_vec(),
+        http("200 OK", "<html>hello</html>"),
+        http("200 OK", "{}"),
+        http("500 Internal Server Error", ""),
+        http("404 Not Found", "404 page not found"),
+        // An answer of etcd, to another question.
+        http("200 OK", &format!(r#"{header},"succeeded":true}}"#)),
+        http(
+            "200 OK",
+            &format!(r#"{header},"responses":[{put}],"more":true}}"#),
+        ),
+        http(
+            "200 OK",
+            &format!(
+                r#"{header},"kvs":[{kv}],"responses":[{{"response_range":{{"kvs":[{kv}]}}}}]}}"#
+            ),
+        ),
+        // Lost, and yet at the version that was expected.
+        http(
+            "200 OK",
+            &format!(r#"{header},"more":true,"responses":[{{"response_range":{{}}}}]}}"#),
+        ),
+    ];
+    for (n, answer) in answers.into_iter().enumerate() {
+        let runtime = runtime();
+        let impostor = Impostor::answering(answer);
+        let mut registry = open(&runtime, &[impostor.url()], SHORT);
+        let cas = registry.compare_and_set("k", None, b"v");
+        assert!(
+            matches!(cas, Err(RegistryError::Unknown { .. })),
+            "{n}: {cas:?}"
+        );
+        let listed = registry.list("");
+        assert!(
+            matches!(listed, Err(RegistryError::NotDone { .. })) || n == 6,
+            "{n}: {listed:?}"
+        );
+        let mut watch = registry.watch_from(Space::Keys, "", Revision(1));
+        let told = watch.next(SHORT);
+        assert!(matches!(told, Err(WatchEnd::NotNow(_))), "{n}: {told:?}");
+    }
+}
+
+#[test]
+fn an_answer_without_end_is_cut_off() {
+    let runtime = runtime();
+    let flood = Impostor::start(|mut stream| {
+        read_request(&mut stream);
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n");
+        let chunk = [b"10000\r\n".to_vec(), vec![b' '; 0x10000], b"\r\n".to_vec()].concat();
+        while stream.write_all(&chunk).is_ok() {}
+    });
+    let mut registry = open(&runtime, &[flood.url()], Duration::from_secs(5));
+    assert_unknown(registry.compare_and_set("k", None, b"v"), "limit");
+    assert_not_done(registry.read("k"), "limit");
+    let mut watch = registry.watch_from(Space::Keys, "", Revision(1));
+    let error = watch.next(Duration::from_secs(5)).unwrap_err().to_string();
+    assert!(error.contains("exceeds"), "{error}");
+}
+
+#[test]
+fn a_refusal_is_known_and_a_time_out_is_not() {
+    let runtime = runtime();
+    let answer = |message: &str| {
+        let body = format!(r#"{{"error":"{message}","message":"{message}","code":14}}"#);
+        Impostor::answering(http("503 Service Unavailable", &body))
+    };
+    for (message, known) in [
+        ("etcdserver: mvcc: database space exceeded", true),
+        ("etcdserver: no leader", true),
+        ("etcdserver: request timed out", false),
+        ("etcdserver: server stopped", false),
+    ] {
+        let impostor = answer(message);
+        let mut registry = open(&runtime, &[impostor.url()], SHORT);
+        let cas = registry.compare_and_set("k", None, b"v");
+        match known {
+            true => assert_not_done(cas, message),
+            false => assert_unknown(cas, message),
+        }
+    }
+}
+
+#[test]
+fn a_write_whose_answer_was_lost_is_unknown_and_a_read_finds_it() {
+    let cluster = Cluster::start(1);
+    let to = cluster.address(0);
+    // Hands each request on, waits for the answer, and hangs up instead of giving it.
+    let thief = Impostor::start(move |mut stream| {
+        let request = read_request(&mut stream);
+        let mut etcd = TcpStream::connect(to).unwrap();
+        etcd.write_all(&request).unwrap();
+        assert!(etcd.read(&mut [0; 4096]).unwrap() > 0);
+    });
+    let mut options = cluster.options(&[0]);
+    options.endpoints.insert(0, thief.url());
+    let mut registry = cluster.open_with(&options);
+    assert_unknown(registry.compare_and_set("k", None, b"v"), "broke");
+    let there = cluster.registry().read("k").unwrap().unwrap();
+    assert_eq!((there.version, &there.value[..]), (1, &b"v"[..]));
+    // The same registry goes on by another member.
+    assert_eq!(registry.read("k").unwrap(), Some(there));
+}
+
+#[test]
+fn a_connection_that_ended_between_two_calls_makes_nothing_unknown() {
+    let mut cluster = Cluster::start(1);
+    let mut registry = cluster.registry();
+    for version in 1..=3 {
+        let expected = Some(version - 1).filter(|v| *v > 0);
+        let outcome = registry.compare_and_set("k", expected, b"v");
+        assert_eq!(outcome.unwrap(), won(version));
+        cluster.kill(0);
+        assert_not_done(registry.compare_and_set("k", Some(version), b"w"), "etcd");
+        cluster.run(0);
+        cluster.wait_ready(0);
+    }
+}
+
+#[test]
+fn certificates_of_both_sides_are_asked_for() {
+    let cluster = Cluster::with_tls();
+    let mut registry = cluster.registry();
+    assert_eq!(registry.compare_and_set("k", None, b"v").unwrap(), won(1));
+
+    let other = tempfile::tempdir().unwrap();
+    let strangers = make_certificates(
+        other.path(),
+        *match cluster.address(0).ip() {
+            std::net::IpAddr::V4(ref ip) => ip,
+            std::net::IpAddr::V6(_) => unreachable!(),
+        },
+    );
+    let refused = |change: &dyn Fn(&mut super::EtcdTls), part| {
+        let mut options = cluster.options(&[0]);
+        change(options.tls.as_mut().unwrap());
+        let mut registry = cluster.open_with(&options);
+        let cas = registry.compare_and_set("stranger", None, b"v");
+        let error = cas.unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+        assert!(registry.read("k").is_err());
+    };
+    // Another authority than the one that signed etcd's: nothing is sent.
+    refused(
+        &|tls| tls.ca = strangers.ca.clone(),
+        "did not happen: https",
+    );
+    // etcd's own judgement of a host without a certificate, or with a stranger's.
+    refused(&|tls| tls.client = None, "");
+    refused(&|tls| tls.client = strangers.client.clone(), "");
+    assert_eq!(registry.read("stranger").unwrap(), None);
+}
+
+#[test]
+fn an_etcd_of_another_cluster_or_with_an_older_memory_is_not_believed() {
+    let runtime = runtime();
+    let answer = |cluster: u64, revision: u64| {
+        let header = format!(r#"{{"cluster_id":"{cluster}","revision":"{revision}"}}"#);
+        http("200 OK", &format!(r#"{{"header":{header}}}"#))
+    };
+    let mut answers = vec![answer(1, 9), answer(1, 9), answer(1, 8), answer(2, 10)].into_iter();
+    let etcd = Impostor::start(move |mut stream| {
+        read_request(&mut stream);
+        let _ = stream.write_all(&answers.next().unwrap());
+    });
+    let mut registry = open(&runtime, &[etcd.url()], PATIENCE);
+    assert_eq!(registry.read("k").unwrap(), None);
+    assert_eq!(registry.read("k").unwrap(), None);
+    assert_not_done(registry.read("k"), "revision 8");
+    assert_not_done(registry.read("k"), "cluster 2");
+}
+
+#[test]
+fn a_listing_of_many_pages_is_of_one_moment() {
+    const PAGES: usize = 3;
+    let cluster = Cluster::start(1);
+    let mut registry = cluster.registry();
+    let big = vec![7; VALUE_BYTES_MAX];
+    for n in 0..PAGE_KEYS * PAGES {
+        let key = format!("vm/{n:04}");
+        let value: &[u8] = if n < PAGE_KEYS { &big } else { b"v" };
+        registry.compare_and_set(&key, None, value).unwrap();
+    }
+    let listed = registry.list("vm/").unwrap();
+    assert_eq!(listed.len(), PAGE_KEYS * PAGES);
+    assert!(listed.is_sorted_by(|a, b| a.0 < b.0));
+    assert!(listed[..PAGE_KEYS].iter().all(|(_, v)| v.value == big));
+    assert!(listed.iter().all(|(_, v)| v.version == 1));
+}
+
+#[test]
+fn pools_do_not_see_each_other() {
+    let cluster = Cluster::start(1);
+    let pool = |name: &str| {
+        let mut options = cluster.options(&[0]);
+        options.pool = name.into();
+        cluster.open_with(&options)
+    };
+    for name in ["a", "a0", "b"] {
+        let value = name.as_bytes();
+        assert_eq!(
+            pool(name).compare_and_set("k", None, value).unwrap(),
+            won(1)
+        );
+    }
+    let listed = pool("a").list("").unwrap();
+    assert_eq!(listed.len(), 1);
+    assert_eq!(listed[0].1.value, b"a");
+}
+
+#[test]
+fn a_lease_ends_with_its_keys_and_a_kept_one_does_not() {
+    let cluster = Cluster::start(1);
+    let mut registry = cluster.registry();
+    let lost = registry.grant_lease(Duration::from_secs(1)).unwrap();
+    let kept = registry.grant_lease(Duration::from_millis(900)).unwrap();
+    assert!(lost.ttl >= Duration::from_secs(1) && lost.id != kept.id);
+    assert_eq!(
+        registry.hold("host/a", b"a", lost.id).unwrap(),
+        Holding::Won
+    );
+    assert_eq!(
+        registry.hold("host/b", b"b", kept.id).unwrap(),
+        Holding::Won
+    );
+    let taken = Holding::Taken(Held {
+        value: b"a".to_vec(),
+        lease: Some(lost.id),
+    });
+    assert_eq!(registry.hold("host/a", b"x", kept.id).unwrap(), taken);
+    assert_eq!(registry.list_held("host/").unwrap().len(), 2);
+    // They are no keys of the registry.
+    assert_eq!(registry.list("").unwrap(), []);
+
+    let mut watch = registry.watch_from(Space::Leased, "host/", registry.newest());
+    let gone = super::testbed::until("the end of a lease", || {
+        assert!(registry.keep_lease(kept.id).unwrap().is_some());
+        let events = watch.next(Duration::from_millis(100)).unwrap();
+        events.into_iter().find(|e| e.change == EtcdChange::Deleted)
+    });
+    assert_eq!(gone.key, "host/a");
+    assert_eq!(registry.keep_lease(lost.id).unwrap(), None);
+    assert_eq!(registry.read_held("host/a").unwrap(), None);
+    assert_not_done(registry.hold("host/a", b"a", lost.id), "lease not found");
+    assert!(registry.read_held("host/b").unwrap().is_some());
+    assert!(registry.revoke_lease(kept.id).unwrap());
+    assert!(!registry.revoke_lease(kept.id).unwrap());
+    assert_eq!(registry.read_held("host/b").unwrap(), None);
+    assert_not_done(registry.grant_lease(Duration::ZERO), "a lease lasts");
+}
+
+#[test]
+fn a_watch_tells_every_change_from_a_revision_on() {
+    let cluster = Cluster::start(1);
+    let mut registry = cluster.registry();
+    registry.compare_and_set("vm/1", None, b"a").unwrap();
+    let from = registry.newest();
+    registry.compare_and_set("other", None, b"o").unwrap();
+    registry.compare_and_set("vm/1", Some(1), b"b").unwrap();
+    registry.compare_and_set("vm/2", None, b"c").unwrap();
+    let mut watch = registry.watch_from(Space::Keys, "vm/", from);
+    let mut told = Vec::new();
+    while told.len() < 3 {
+        told.extend(watch.next(PATIENCE).unwrap());
+    }
+    let event = |key: &str, version, value: &[u8], after: u64| EtcdEvent {
+        key: key.into(),
+        change: EtcdChange::Put(Versioned {
+            version,
+            value: value.to_vec(),
+        }),
+        revision: Revision(from.0 + after),
+    };
+    let all = [
+        event("vm/1", 1, b"a", 0),
+        event("vm/1", 2, b"b", 2),
+        event("vm/2", 1, b"c", 3),
+    ];
+    assert_eq!(told, all);
+    assert_eq!(watch.resume(), Revision(from.0 + 4));
+    assert_eq!(watch.next(SHORT).unwrap(), []);
+}
+
+#[test]
+fn a_watch_of_forgotten_history_says_so_and_one_of_the_registry_lists() {
+    let cluster = Cluster::start(1);
+    let mut registry = cluster.registry();
+    let mut seen = Seen::default();
+    registry.watch("", &mut seen, Duration::ZERO).unwrap();
+    registry.compare_and_set("k", None, b"a").unwrap();
+    assert_eq!(registry.watch("", &mut seen, PATIENCE).unwrap().len(), 1);
+    for version in 1..=5 {
+        registry.compare_and_set("k", Some(version), b"b").unwrap();
+    }
+    let newest = registry.newest();
+    cluster.compact(newest.0);
+    let mut watch = registry.watch_from(Space::Keys, "", Revision(2));
+    for _ in 0..2 {
+        let end = watch.next(PATIENCE).unwrap_err();
+        let WatchEnd::Compacted { asked, oldest } = end else {
+            panic!("{end}");
+        };
+        assert_eq!((asked, oldest), (Revision(2), newest));
+    }
+    let mut other = cluster.registry();
+    let news = other.watch("", &mut seen, PATIENCE).unwrap();
+    assert_eq!(news.len(), 1);
+    assert_eq!(news[0].1.version, 6);
+}
+
+#[test]
+fn a_large_batch_comes_whole_though_etcd_sends_it_in_pieces() {
+    const WRITES: u64 = 40;
+    let cluster = Cluster::start(1);
+    let mut registry = cluster.registry();
+    let big = vec![1; VALUE_BYTES_MAX];
+    for version in 0..WRITES {
+        let expected = Some(version).filter(|v| *v > 0);
+        registry.compare_and_set("k", expected, &big).unwrap();
+    }
+    let mut watch = registry.watch_from(Space::Keys, "", Revision(1));
+    let mut versions = Vec::new();
+    while versions.len() < 40 {
+        for event in watch.next(PATIENCE).unwrap() {
+            let EtcdChange::Put(entry) = event.change else {
+                panic!("{event:?}");
+            };
+            assert_eq!(entry.value, big);
+            versions.push(entry.version);
+        }
+    }
+    assert_eq!(versions, (1..=WRITES).collect::<Vec<_>>());
+}
+
+#[test]
+fn settings_that_cannot_be_meant_are_refused() {
+    let runtime = runtime();
+    let refuse =
+        |options: EtcdOptions| EtcdRegistry::new(&options, runtime.handle().clone()).unwrap_err();
+    let local = || vec!["http://127.0.0.1:2379".to_owned()];
+    for pool in ["", "a/b", "Ä", &"a".repeat(64)] {
+        let error = refuse(EtcdOptions::new(pool, local()));
+        assert!(matches!(error, EtcdConfigError::Pool(..)), "{error}");
+    }
+    for count in [0, 17] {
+        let error = refuse(EtcdOptions::new("p", vec![local().remove(0); count]));
+        assert!(matches!(error, EtcdConfigError::Endpoints(_)), "{error}");
+    }
+    let error = refuse(EtcdOptions::new("p", vec!["https://10.0.0.1:2379".into()]));
+    assert!(matches!(error, EtcdConfigError::NoAuthority(_)), "{error}");
+}
+
+/// Prints figures; run it alone:
+/// `cargo test -p pollux --lib -- --ignored --nocapture registry::etcd::tests::latency`
+#[test]
+#[ignore = "measures, checks nothing"]
+fn latency_of_one_compare_and_set() {
+    let cluster = Cluster::start(1);
+    let mut registry = cluster.registry();
+    let mut took: Vec<Duration> = (0..600u64)
+        .map(|version| {
+            let expected = Some(version).filter(|v| *v > 0);
+            let from = std::time::Instant::now();
+            registry.compare_and_set("k", expected, &[7; 512]).unwrap();
+            from.elapsed()
+        })
+        .collect();
+    took.sort();
+    println!("p50 {:?} p99 {:?} of {}", took[300], took[594], took.len());
+}
