@@ -83,7 +83,8 @@ pub(super) struct Cluster {
     members: Vec<Member>,
     pub tls: Option<EtcdTls>,
     pub runtime: Runtime,
-    pub dir: TempDir,
+    /// Data, logs and certificates; gone with the cluster.
+    _dir: TempDir,
 }
 
 impl Cluster {
@@ -154,7 +155,7 @@ impl Cluster {
                 .enable_all()
                 .build()
                 .unwrap(),
-            dir,
+            _dir: dir,
         };
         for n in 0..count {
             cluster.run(n);

@@ -5,7 +5,7 @@ use super::testbed::{Cluster, Impostor, PATIENCE, make_certificates, read_reques
 use super::{
     CasOutcome, EtcdChange, EtcdConfigError, EtcdEvent, EtcdOptions, EtcdRegistry, Held, Holding,
     PAGE_KEYS, Registry, RegistryError, Revision, Seen, Space, VALUE_BYTES_MAX, Versioned,
-    WatchEnd,
+    WatchEnd, wire,
 };
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -269,6 +269,7 @@ fn certificates_of_both_sides_are_asked_for() {
     let refused = |change: &dyn Fn(&mut super::EtcdTls), part| {
         let mut options = cluster.options(&[0]);
         change(options.tls.as_mut().unwrap());
+        options.deadline = Duration::from_secs(1);
         let mut registry = cluster.open_with(&options);
         let cas = registry.compare_and_set("stranger", None, b"v");
         let error = cas.unwrap_err().to_string();
@@ -306,7 +307,7 @@ fn an_etcd_of_another_cluster_or_with_an_older_memory_is_not_believed() {
 }
 
 #[test]
-fn a_listing_of_many_pages_is_of_one_moment() {
+fn a_listing_of_many_pages_is_whole() {
     const PAGES: usize = 3;
     let cluster = Cluster::start(1);
     let mut registry = cluster.registry();
@@ -321,6 +322,42 @@ fn a_listing_of_many_pages_is_of_one_moment() {
     assert!(listed.is_sorted_by(|a, b| a.0 < b.0));
     assert!(listed[..PAGE_KEYS].iter().all(|(_, v)| v.value == big));
     assert!(listed.iter().all(|(_, v)| v.version == 1));
+}
+
+#[test]
+fn every_page_of_a_listing_is_of_the_moment_of_the_first() {
+    let runtime = runtime();
+    let page = |revision: u64, key: &str, more: bool| {
+        let key = wire::base64(format!("/pollux/test/keys/{key}").as_bytes());
+        let kv = format!(r#"{{"key":"{key}","version":"1","mod_revision":"1"}}"#);
+        let header = format!(r#"{{"cluster_id":"1","revision":"{revision}"}}"#);
+        http(
+            "200 OK",
+            &format!(r#"{{"header":{header},"kvs":[{kv}],"more":{more}}}"#),
+        )
+    };
+    let mut pages = vec![page(7, "a", true), page(9, "b", true), page(9, "c", false)].into_iter();
+    let (tell, asked) = std::sync::mpsc::channel();
+    let etcd = Impostor::start(move |mut stream| {
+        let request = String::from_utf8(read_request(&mut stream)).unwrap();
+        let body = request.split_once("\r\n\r\n").unwrap().1;
+        let ask: serde_json::Value = serde_json::from_str(body).unwrap();
+        let _ = tell.send((ask["revision"].clone(), ask["key"].clone()));
+        let _ = stream.write_all(&pages.next().unwrap());
+    });
+    let listed = open(&runtime, &[etcd.url()], PATIENCE).list("").unwrap();
+    let keys: Vec<_> = listed.iter().map(|(key, _)| key.as_str()).collect();
+    assert_eq!(keys, ["a", "b", "c"]);
+    let asked: Vec<_> = asked.try_iter().collect();
+    let after = |key: &str| wire::base64(format!("/pollux/test/keys/{key}").as_bytes());
+    assert_eq!(
+        asked,
+        [
+            ("0".into(), after("").into()),
+            ("7".into(), after("a\0").into()),
+            ("7".into(), after("b\0").into()),
+        ]
+    );
 }
 
 #[test]

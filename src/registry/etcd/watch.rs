@@ -401,3 +401,71 @@ impl EtcdRegistry {
         Ok(news.into_iter().collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> (tokio::runtime::Runtime, State) {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        let handle = runtime.handle().clone();
+        let options = super::super::EtcdOptions::new("p", vec!["http://127.0.0.1:1".into()]);
+        let registry = EtcdRegistry::new(&options, handle).unwrap();
+        let watch = registry.watch_from(Space::Leased, "", Revision(5));
+        let EtcdWatch { state, .. } = watch;
+        (runtime, Arc::into_inner(state).unwrap().into_inner())
+    }
+
+    /// An answer that tells of keys deleted at these revisions.
+    fn answer(fragment: bool, deleted: &[(&str, u64)]) -> WatchAnswer {
+        let events: Vec<_> = deleted
+            .iter()
+            .map(|(key, at)| {
+                let key = wire::base64(format!("/pollux/p/leased/{key}").as_bytes());
+                let kv = serde_json::json!({ "key": key, "mod_revision": at.to_string() });
+                serde_json::json!({ "type": "DELETE", "kv": kv })
+            })
+            .collect();
+        let header = serde_json::json!({ "cluster_id": "1", "revision": "20" });
+        let answer =
+            serde_json::json!({ "header": header, "fragment": fragment, "events": events });
+        serde_json::from_value(answer).unwrap()
+    }
+
+    fn told(state: &mut State, answer: WatchAnswer) -> Result<Vec<(String, u64)>, String> {
+        let events = state.take_in(answer).map_err(|Broken(why)| why)?;
+        let short = events.into_iter().map(|e| (e.key, e.revision.0));
+        Ok(short.collect())
+    }
+
+    #[test]
+    fn keys_that_vanish_at_one_revision_are_told_together_though_they_come_in_pieces() {
+        let (_runtime, mut state) = state();
+        let first = told(&mut state, answer(true, &[("a", 6), ("b", 7)])).unwrap();
+        assert_eq!(first, [("a".into(), 6)]);
+        // If the stream broke now, the next one would begin with all of revision 7.
+        assert_eq!(state.next, Revision(7));
+        let second = told(&mut state, answer(true, &[("c", 7)])).unwrap();
+        assert_eq!(second, []);
+        let third = told(&mut state, answer(false, &[("d", 7), ("e", 8)])).unwrap();
+        assert_eq!(
+            third,
+            [("b", 7), ("c", 7), ("d", 7), ("e", 8)].map(|(key, at)| (key.into(), at))
+        );
+        assert_eq!(state.next, Revision(9));
+    }
+
+    #[test]
+    fn changes_that_are_old_or_out_of_order_or_of_other_keys_break_the_stream() {
+        let (_runtime, mut state) = state();
+        assert!(told(&mut state, answer(false, &[("a", 4)])).is_err());
+        assert!(told(&mut state, answer(false, &[("a", 8), ("b", 7)])).is_err());
+        // Later than all that etcd says there is.
+        assert!(told(&mut state, answer(false, &[("a", 21)])).is_err());
+        let (_runtime, mut state) = self::state();
+        state.prefix = b"/pollux/p/leased/x".to_vec();
+        assert!(told(&mut state, answer(false, &[("a", 6)])).is_err());
+    }
+}

@@ -158,7 +158,7 @@ pub(super) fn refusal(body: &[u8]) -> Option<String> {
     text("message").or_else(|| text("error"))
 }
 
-fn base64(bytes: &[u8]) -> String {
+pub(super) fn base64(bytes: &[u8]) -> String {
     STANDARD.encode(bytes)
 }
 
