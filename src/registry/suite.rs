@@ -221,6 +221,11 @@ pub(super) fn a_watch_tells_each_change_once_and_the_newest_value(store: &dyn St
     }
     assert_eq!(last.get("vm/0"), Some(&at(1, b"z")));
     assert_eq!(told(Duration::ZERO), []);
+    // What was told by looking is not told again by what the registry tells.
+    registry.compare_and_set("vm/0", Some(1), b"y").unwrap();
+    assert_eq!(told(Duration::ZERO), [("vm/0".to_owned(), at(2, b"y"))]);
+    registry.compare_and_set("vm/2", None, b"n").unwrap();
+    assert_eq!(told(LONG), [("vm/2".to_owned(), at(1, b"n"))]);
     assert_eq!(seen.version("vm/1"), Some(3));
     assert_eq!(seen.version("host/1"), None);
 }

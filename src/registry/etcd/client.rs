@@ -10,7 +10,7 @@
 use super::endpoint::Endpoint;
 use super::wire;
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper::{Request, Response, StatusCode};
@@ -29,6 +29,9 @@ use tokio_rustls::TlsConnector;
 pub(super) const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Between two rounds over all members: a few of them in one election, which takes a second.
 pub(super) const RETRY_PAUSE: Duration = Duration::from_millis(50);
+/// The part of a call's deadline that is left for the last round: a write that is under way when
+/// the deadline comes has an unknown outcome, where one not begun would have a known one.
+const LAST_SHARE: u32 = 4;
 /// How much longer than a call's deadline the caller waits for the runtime to say so.
 const GRACE: Duration = Duration::from_millis(500);
 
@@ -228,7 +231,7 @@ impl Client {
                     }
                 }
             }
-            if !reached || Instant::now() + RETRY_PAUSE >= until {
+            if !reached || Instant::now() + RETRY_PAUSE + self.deadline / LAST_SHARE >= until {
                 return Err(Failure {
                     sent: false,
                     why: said.join("; "),
@@ -298,7 +301,13 @@ impl Client {
         let body = timeout_at(answer_by, body)
             .await
             .map_err(|_| late("its answer did not end"))?
-            .map_err(|e| failed(Next::OtherOrLater, format!("its answer broke off: {e}")))?
+            .map_err(|e| {
+                let next = match e.is::<LengthLimitError>() {
+                    true => Next::Other, // It would be no shorter later.
+                    false => Next::OtherOrLater,
+                };
+                failed(next, format!("its answer broke off: {e}"))
+            })?
             .to_bytes();
         if status != StatusCode::OK {
             let (why, verdict) = judge(status, &body);
