@@ -112,6 +112,8 @@ pub struct EtcdRegistry {
     cluster: Option<u64>,
     /// The latest place in history that an answer spoke of.
     newest: Revision,
+    /// It has once answered from before that place, and is asked nothing more.
+    forgetful: Option<String>,
     /// The stream of the last watch, with its prefix.
     watching: Option<(String, EtcdWatch)>,
 }
@@ -158,6 +160,7 @@ impl EtcdRegistry {
             pool: pool.clone(),
             cluster: None,
             newest: Revision(0),
+            forgetful: None,
             watching: None,
         })
     }
@@ -191,6 +194,10 @@ impl EtcdRegistry {
         ask: &Value,
         header: impl Fn(&A) -> Header,
     ) -> Result<A, Failure> {
+        if let Some(why) = &self.forgetful {
+            let why = why.clone();
+            return Err(Failure { sent: false, why });
+        }
         let answer = self.client.call(repeat, path, ask)?;
         // Somebody has acted on the request, as far as anybody can tell.
         let sent = repeat == Repeat::Never;
@@ -213,10 +220,12 @@ impl EtcdRegistry {
         }
         let newest = self.newest.0;
         if header.revision < newest {
-            return Err(format!(
-                "it answered as of revision {} where it had been at {newest}; if it was restored from a backup, start this host's daemon again once no VM runs twice",
+            let why = format!(
+                "it answered as of revision {} where it had been at {newest}, so it has forgotten what was won; find out who set it back, make sure that no VM runs twice, and start this host's daemon again",
                 header.revision
-            ));
+            );
+            self.forgetful = Some(why.clone());
+            return Err(why);
         }
         self.newest = Revision(header.revision);
         Ok(())

@@ -320,7 +320,14 @@ fn an_etcd_of_another_cluster_or_with_an_older_memory_is_not_believed() {
         let header = format!(r#"{{"cluster_id":"{cluster}","revision":"{revision}"}}"#);
         http("200 OK", &format!(r#"{{"header":{header}}}"#))
     };
-    let mut answers = vec![answer(1, 9), answer(1, 9), answer(1, 8), answer(2, 10)].into_iter();
+    let mut answers = vec![
+        answer(1, 9),
+        answer(1, 9),
+        answer(2, 10),
+        answer(1, 9),
+        answer(1, 8),
+    ]
+    .into_iter();
     let etcd = Impostor::start(move |mut stream| {
         read_request(&mut stream);
         let _ = stream.write_all(&answers.next().unwrap());
@@ -328,8 +335,11 @@ fn an_etcd_of_another_cluster_or_with_an_older_memory_is_not_believed() {
     let mut registry = open(&runtime, &[etcd.url()], PATIENCE);
     assert_eq!(registry.read("k").unwrap(), None);
     assert_eq!(registry.read("k").unwrap(), None);
-    assert_not_done(registry.read("k"), "revision 8");
     assert_not_done(registry.read("k"), "cluster 2");
+    assert_eq!(registry.read("k").unwrap(), None);
+    assert_not_done(registry.read("k"), "revision 8");
+    // From then on it is not even asked; the impostor has no further answer.
+    assert_not_done(registry.compare_and_set("k", None, b"v"), "revision 8");
 }
 
 #[test]
