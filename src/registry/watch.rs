@@ -6,7 +6,7 @@
 //!
 //! Invariant: a change is told once to one [`Seen`], and none is left out for ever.
 
-use super::{Listing, Registry, RegistryError, Versioned};
+use super::{Listing, Registry, RegistryError};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -58,7 +58,7 @@ pub(super) fn by_polling<R: Registry + ?Sized>(
     prefix: &str,
     seen: &mut Seen,
     wait: Duration,
-) -> Result<Vec<(String, Versioned<Vec<u8>>)>, RegistryError> {
+) -> Result<Listing, RegistryError> {
     let until = Instant::now() + wait;
     loop {
         let news = seen.news(registry.list(prefix)?);

@@ -19,6 +19,8 @@ mod cluster_tests;
 mod endpoint;
 mod lease;
 #[cfg(test)]
+mod stream_tests;
+#[cfg(test)]
 mod testbed;
 #[cfg(test)]
 mod tests;
