@@ -291,7 +291,7 @@ impl Client {
                     }
                     return Err(failed(
                         Next::OtherOrLater,
-                        format!("the connection broke: {}", e.into_error()),
+                        format!("the connection broke: {}", causes(&e.into_error())),
                     ));
                 }
             }
@@ -340,13 +340,8 @@ impl Client {
         path: &'static str,
         body: &Bytes,
     ) -> Result<Request<Full<Bytes>>, String> {
-        let Endpoint { host, port, .. } = &self.endpoints[at];
-        let host = match host.contains(':') {
-            true => format!("[{host}]:{port}"),
-            false => format!("{host}:{port}"),
-        };
         Request::post(path)
-            .header("host", host)
+            .header("host", self.host(at))
             .header("content-type", "application/json")
             // A member without a leader says so at once, instead of waiting for one.
             .header("grpc-metadata-hasleader", "true")
@@ -373,7 +368,38 @@ impl Client {
             .map_err(|e| format!("TLS failed: {e}"))?;
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
         let driver = Driver(tokio::spawn(connection));
-        Ok(Connection { sender, driver })
+        let mut connection = Connection { sender, driver };
+        self.prove(at, &mut connection).await?;
+        Ok(connection)
+    }
+
+    /// A server judges this host's certificate after the handshake has ended on this side
+    /// (RFC 8446, section 2), so a first request may be refused by TLS. Let it be one that
+    /// changes nothing: any answer proves that the next one will be read.
+    async fn prove(&self, at: usize, connection: &mut Connection) -> Result<(), String> {
+        let refused = |e: &dyn std::error::Error| {
+            format!(
+                "TLS failed after the handshake, does etcd accept this host's certificate? {}",
+                causes(e)
+            )
+        };
+        let request = Request::get("/version")
+            .header("host", self.host(at))
+            .body(Full::new(Bytes::new()))
+            .map_err(|e| e.to_string())?;
+        let response = connection.sender.send_request(request).await;
+        let body = response.map_err(|e| refused(&e))?.into_body();
+        let body = Limited::new(body, BODY_BYTES_MAX).collect().await;
+        body.map_err(|e| refused(e.as_ref()))?;
+        Ok(())
+    }
+
+    fn host(&self, at: usize) -> String {
+        let Endpoint { host, port, .. } = &self.endpoints[at];
+        match host.contains(':') {
+            true => format!("[{host}]:{port}"),
+            false => format!("{host}:{port}"),
+        }
     }
 
     /// Ask any member for a stream, `turn` saying who is asked first; the connection is the
@@ -403,6 +429,12 @@ impl Client {
         let body = body.map_err(|e| broken(&e))?.to_bytes();
         Err(broken(&judge(status, &body).0))
     }
+}
+
+/// An error and what caused it; hyper's own words leave the cause out.
+fn causes(e: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(e.source(), |e| e.source());
+    causes.fold(e.to_string(), |said, cause| format!("{said}: {cause}"))
 }
 
 /// The end of the next attempt's share of the time until `until`, with `left` attempts to make.
