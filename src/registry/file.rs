@@ -237,76 +237,21 @@ mod tests {
         )
     }
 
-    #[test]
-    fn a_key_is_created_once_and_raised_by_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut registry = open(dir.path());
-        assert_eq!(registry.read("vm/1").unwrap(), None);
-        assert_eq!(
-            registry.compare_and_set("vm/1", Some(1), b"x").unwrap(),
-            CasOutcome::Lost(None)
-        );
-        assert_eq!(
-            registry.compare_and_set("vm/1", None, b"a").unwrap(),
-            CasOutcome::Won { version: 1 }
-        );
-        let there = Versioned {
-            version: 1,
-            value: b"a".to_vec(),
-        };
-        assert_eq!(
-            registry.compare_and_set("vm/1", None, b"b").unwrap(),
-            CasOutcome::Lost(Some(there))
-        );
-        assert_eq!(
-            registry.compare_and_set("vm/1", Some(1), b"b").unwrap(),
-            CasOutcome::Won { version: 2 }
-        );
-        registry.compare_and_set("host/1", None, b"h").unwrap();
-        let listed = open(dir.path()).list("vm/").unwrap();
-        assert_eq!(
-            listed,
-            [(
-                "vm/1".to_owned(),
-                Versioned {
-                    version: 2,
-                    value: b"b".to_vec()
-                }
-            )]
-        );
+    struct SharedDir(tempfile::TempDir);
+
+    impl SharedDir {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
     }
 
-    #[test]
-    fn no_update_is_lost_between_writers() {
-        const WRITERS: u64 = 6;
-        const EACH: u64 = 20;
-        let dir = tempfile::tempdir().unwrap();
-        std::thread::scope(|scope| {
-            for _ in 0..WRITERS {
-                scope.spawn(|| {
-                    let mut registry = open(dir.path());
-                    for _ in 0..EACH {
-                        loop {
-                            let old = registry.read("n").unwrap();
-                            let n = old
-                                .as_ref()
-                                .map_or(0, |v| u64::from_le_bytes(v.value[..].try_into().unwrap()));
-                            let version = old.map(|v| v.version);
-                            let bytes = (n + 1).to_le_bytes();
-                            if let CasOutcome::Won { .. } =
-                                registry.compare_and_set("n", version, &bytes).unwrap()
-                            {
-                                break;
-                            }
-                        }
-                    }
-                });
-            }
-        });
-        let end = open(dir.path()).read("n").unwrap().unwrap();
-        assert_eq!(end.value, (WRITERS * EACH).to_le_bytes());
-        assert_eq!(end.version, WRITERS * EACH);
+    impl crate::registry::suite::Store for SharedDir {
+        fn open(&self) -> Box<dyn Registry> {
+            Box::new(open(self.0.path()))
+        }
     }
+
+    crate::registry::suite::registry_suite!(SharedDir::new());
 
     #[test]
     fn a_crash_after_any_step_leaves_the_old_or_the_new() {

@@ -9,13 +9,20 @@
 //! several callers that expect the same version at most one wins.
 
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
+pub mod etcd;
 mod file;
 mod format;
+#[cfg(test)]
+mod suite;
+mod watch;
 pub mod statefile;
 
+pub use etcd::{EtcdOptions, EtcdRegistry};
 pub use file::{FileRegistry, FileRegistryOptions};
 pub use format::{BadRegistryFile, ENTRIES_MAX, FILE_BYTES_MAX, KEY_BYTES_MAX, VALUE_BYTES_MAX};
+pub use watch::{Seen, WATCH_POLL};
 
 /// A value and how many times its key has been written (1 = just created).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,4 +100,23 @@ pub trait Registry: Send {
     /// # Errors
     /// [`RegistryError::NotDone`] if no answer could be had in time.
     fn list(&mut self, prefix: &str) -> Result<Listing, RegistryError>;
+
+    /// Wait until a key that begins with `prefix` is at another version than `seen`, at most
+    /// `wait` and one call longer, and return the keys that are, with their newest values,
+    /// in byte order; none if nothing changed. A key that was written three times meanwhile is
+    /// told once. It may be told late: act on it by compare-and-set alone.
+    ///
+    /// A registry that cannot tell of changes polls, every [`WATCH_POLL`].
+    ///
+    /// # Errors
+    /// [`RegistryError::NotDone`] if the registry could not be watched. `seen` is still good:
+    /// the next watch tells what this one did not.
+    fn watch(
+        &mut self,
+        prefix: &str,
+        seen: &mut Seen,
+        wait: Duration,
+    ) -> Result<Listing, RegistryError> {
+        watch::by_polling(self, prefix, seen, wait)
+    }
 }

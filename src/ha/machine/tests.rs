@@ -146,6 +146,7 @@ impl World {
     fn crash(&mut self, n: usize) {
         let host = &mut self.hosts[n];
         host.machine = None;
+        host.pet_until = None;
         host.effect = false;
         host.boot_at = None;
         host.frozen_until = 0;
@@ -507,8 +508,8 @@ fn short_stalls_are_no_death() {
     let mut world = World::formed(4);
     let mut rng = Rng::new(5);
     for _ in 0..200 {
-        let n = usize::try_from(rng.below(4)).unwrap();
-        world.hosts[n].frozen_until = world.now + rng.below(900);
+        let n = usize::try_from(rng.between(0, 4 - 1)).unwrap();
+        world.hosts[n].frozen_until = world.now + rng.between(0, 900 - 1);
         world.run(1000);
     }
     assert_eq!(world.members().len(), 4);
@@ -522,22 +523,22 @@ fn whatever_fails_nothing_runs_twice_and_in_the_end_all_are_members() {
     for seed in first..first + seeds {
         eprintln!("seed {seed}");
         let mut rng = Rng::new(seed);
-        let hosts = usize::try_from(2 + rng.below(4)).unwrap();
+        let hosts = usize::try_from(2 + rng.between(0, 4 - 1)).unwrap();
         let mut world = World::new(hosts);
-        world.watchdog = rng.below(4) > 0;
-        world.fencing = (rng.below(2) > 0).then(|| 200 + rng.below(3000));
-        world.fence_works = rng.below(3) > 0;
-        for _ in 0..20 + rng.below(20) {
-            let n = usize::try_from(rng.below(hosts as u64)).unwrap();
-            let other = usize::try_from(rng.below(hosts as u64)).unwrap();
-            let works = rng.below(2) > 0;
-            match rng.below(8) {
+        world.watchdog = rng.between(0, 4 - 1) > 0;
+        world.fencing = (rng.between(0, 2 - 1) > 0).then(|| 200 + rng.between(0, 3000 - 1));
+        world.fence_works = rng.between(0, 3 - 1) > 0;
+        for _ in 0..20 + rng.between(0, 20 - 1) {
+            let n = usize::try_from(rng.between(0, hosts as u64 - 1)).unwrap();
+            let other = usize::try_from(rng.between(0, hosts as u64 - 1)).unwrap();
+            let works = rng.between(0, 2 - 1) > 0;
+            match rng.between(0, 8 - 1) {
                 0 => {
                     world.crash(n);
                     world.hosts[n].pet_until = None;
-                    world.hosts[n].boot_at = Some(world.now + rng.below(20_000));
+                    world.hosts[n].boot_at = Some(world.now + rng.between(0, 20_000 - 1));
                 }
-                1 => world.hosts[n].frozen_until = world.now + rng.below(25_000),
+                1 => world.hosts[n].frozen_until = world.now + rng.between(0, 25_000 - 1),
                 2 => world.net[n][other] = works,
                 3 => world.cut(n, other, works),
                 4 => world.hosts[n].registry = works,
@@ -549,7 +550,7 @@ fn whatever_fails_nothing_runs_twice_and_in_the_end_all_are_members() {
                     }
                 }
             }
-            world.run(rng.below(8000));
+            world.run(rng.between(0, 8000 - 1));
         }
         for n in 0..hosts {
             for other in 0..hosts {
