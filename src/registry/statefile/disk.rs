@@ -222,11 +222,6 @@ impl Disk {
         }
     }
 
-    /// Whether the last use went past the page cache.
-    pub(super) fn is_direct(&self) -> bool {
-        self.device.as_ref().is_some_and(|d| d.direct)
-    }
-
     /// The device, opened if it is not, or if the path leads elsewhere by now.
     fn device(&mut self) -> Result<&Device, DiskFault> {
         let keep = self.device.take().filter(Device::is_still_there);

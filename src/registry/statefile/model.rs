@@ -353,6 +353,7 @@ impl State {
 /// How far an exploration came.
 #[derive(Debug)]
 struct Explored {
+    #[expect(dead_code, reason = "printed")]
     states: usize,
     /// Every state within the bounds was seen.
     whole: bool,
