@@ -271,6 +271,11 @@ impl Disk {
             .collect();
         let expected_disk = self.index;
         let device = self.device()?;
+        let need = expect.geometry.total_bytes();
+        let have = device.size().map_err(failed("find its size"))?;
+        if have < need {
+            return Err(DiskFault::WrongSize { have, need });
+        }
         let aligned = device
             .read(0, expect.geometry.pass_bytes())
             .map_err(failed("read its blocks"))?;

@@ -169,6 +169,7 @@ fn a_cut_after_any_operation_leaves_the_old_or_the_new_and_the_error_says_which(
             let done = cut_after(&set, n);
             let result = host.compare_and_set("k", Some(1), b"new");
             let all_done = done.load(Ordering::SeqCst) <= n;
+            host.shell.settle();
             drop(host);
             set.disks.iter().for_each(|disk| hook::clear(disk));
             // First another host, so that it is not the one that finishes its own work.
@@ -247,10 +248,12 @@ fn a_hung_disk_of_three_holds_up_nobody_and_catches_up() {
     }
     assert!(began.elapsed() < PATIENT, "it waited for the hung disk");
     gate.open();
+    host.shell.settle();
     // Now another one goes: what the first missed is put there first.
     hook::set(&set.disks[2], |_| Err(io::Error::other("gone")));
     let won = host.compare_and_set("k", Some(6), b"y").unwrap();
     assert_eq!(won, CasOutcome::Won { version: 7 });
+    host.shell.settle();
     assert_eq!(kinds(&host), [None, None, Some("io")]);
     let mut other = set.open(1);
     assert_eq!(other.read("k").unwrap(), Some(versioned(7, b"y")));
@@ -295,6 +298,7 @@ fn a_disk_that_loses_writes_is_left_out() {
         let expected = Some(version).filter(|v| *v > 0);
         host.compare_and_set("k", expected, b"v").unwrap();
     }
+    host.shell.settle();
     hook::clear(&set.disks[0]);
     // The other two have it all.
     std::fs::remove_file(&set.disks[0]).unwrap();
@@ -303,35 +307,25 @@ fn a_disk_that_loses_writes_is_left_out() {
 
 #[test]
 fn a_second_process_in_the_same_slot_is_noticed() {
-    let set = Set::new(3);
+    let set = Set::new(1);
     let mut first = set.open(0);
     first.compare_and_set("k", None, b"1").unwrap();
     let mut second = set.open(0);
     second.compare_and_set("k", Some(1), b"2").unwrap();
-    // Each writes and then finds the other's record or its own; nobody may win by mistake.
-    let gate = Arc::new(Mutex::new(Some(second)));
-    let between = gate.clone();
+    // The first has written; the second writes before that is read back.
+    let second = Mutex::new((second, false));
     hook::set(&set.disks[0], move |op| {
-        if op == Op::Read
-            && let Ok(mut second) = between.try_lock()
-            && let Some(second) = second.as_mut()
-        {
-            let _ = second.compare_and_set("other", None, b"x");
+        if let Ok(mut second) = second.try_lock() {
+            let written = std::mem::replace(&mut second.1, op != Op::Read);
+            if op == Op::Read && written {
+                second.0.compare_and_set("other", None, b"x").unwrap();
+            }
         }
         Ok(Then::Go)
     });
-    let mut error = None;
-    for _ in 0..5 {
-        if let Err(e) = first.compare_and_set("k", Some(2), b"3") {
-            error = Some(e.to_string());
-            break;
-        }
-    }
-    hook::clear(&set.disks[0]);
-    drop(gate);
-    if let Some(error) = error {
-        assert!(error.contains("host slot 0"), "{error}");
-    }
+    let error = first.compare_and_set("k", Some(2), b"3").unwrap_err();
+    assert!(error.to_string().contains("host slot 0"), "{error}");
+    assert!(matches!(error, RegistryError::NotDone { .. }), "{error}");
 }
 
 #[test]

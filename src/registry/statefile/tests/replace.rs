@@ -13,6 +13,7 @@ fn a_replaced_disk_carries_the_registry_when_another_one_goes() {
     b.compare_and_set("k", Some(1), b"2").unwrap();
     fs::remove_file(&set.disks[2]).unwrap();
     a.compare_and_set("k", Some(2), b"3").unwrap();
+    a.shell.settle();
     let header = replace(&set.disks[..2], 2, &set.disks[2], false).unwrap();
     assert_eq!((header.set, header.disk, header.pool), (2, 2, POOL));
     let report = inspect(&set.disks, Some(POOL));
@@ -34,10 +35,11 @@ fn what_only_the_replaced_disk_and_one_other_had_decided_is_kept() {
             let set = Set::new(3);
             let mut host = set.open(0);
             host.compare_and_set("k", None, b"1").unwrap();
+            host.shell.settle();
             let away = set.disks[behind].with_extension("away");
             fs::rename(&set.disks[behind], &away).unwrap();
             host.compare_and_set("k", Some(1), b"2").unwrap();
-            drop(host);
+            host.shell.settle();
             fs::rename(&away, &set.disks[behind]).unwrap();
             fs::remove_file(&set.disks[broken]).unwrap();
             let others: Vec<_> = (0..3)
@@ -71,6 +73,7 @@ fn a_host_that_still_has_the_old_disk_cannot_decide_with_it() {
     let lost = host.compare_and_set("k", Some(1), b"x").unwrap();
     assert!(matches!(lost, CasOutcome::Lost(Some(v)) if v.version == 2));
     host.read("k").unwrap();
+    host.shell.settle();
     assert_eq!(kinds(&host)[2], Some("old-set"));
     // With only the old disk and one more it has no majority of the set that counts.
     fs::remove_file(&set.disks[0]).unwrap();
@@ -101,7 +104,9 @@ fn a_replacement_that_was_cut_short_stops_the_set_and_is_completed_by_another() 
 #[test]
 fn a_replacement_with_too_little_knowledge_is_refused_and_changes_nothing() {
     let set = Set::new(3);
-    set.open(0).compare_and_set("k", None, b"1").unwrap();
+    let mut host = set.open(0);
+    host.compare_and_set("k", None, b"1").unwrap();
+    host.shell.settle();
     let before: Vec<_> = set.disks.iter().map(|d| fs::read(d).unwrap()).collect();
     let new = set.disks[2].with_extension("new");
     let refused = |others: &[_], index, new: &std::path::Path| {
