@@ -214,7 +214,7 @@ impl State {
             }
             Event::Restart(h) => {
                 // A refused start changes nothing: it is tried again or never.
-                let slot = HostSlot(h as u16);
+                let slot = HostSlot(u16::try_from(h).unwrap());
                 if let Some(record) = recover(slot, &next.disks) {
                     let record = if bounds.forgets {
                         Record::FIRST
