@@ -9,7 +9,7 @@ use super::document::id_of;
 use super::fault::DiskFault;
 use super::layout::{BadBeat, Beat, Block, Geometry, Header, VALUE_SLOTS, ValueRef};
 use super::page::{BadPage, PAGE_BYTES};
-use super::paxos::{DISKS_MAX, HOSTS_MAX, HostSlot, Record, ValueId};
+use super::paxos::{DISKS_MAX, HOSTS_MAX, HostSlot, Incarnation, Record, ValueId};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -85,6 +85,8 @@ pub(super) struct Disk {
     evidence: Arc<Evidence>,
     /// What this host's block on the disk names; `None` while that is not known.
     placed: Option<Vec<ValueRef>>,
+    /// Which run this is, once it has written here.
+    wrote: Option<Incarnation>,
 }
 
 fn failed(what: &'static str) -> impl Fn(io::Error) -> DiskFault {
@@ -219,6 +221,7 @@ impl Disk {
             device: None,
             evidence,
             placed: None,
+            wrote: None,
         }
     }
 
@@ -269,7 +272,7 @@ impl Disk {
         let acked: Vec<u64> = (0..slots)
             .map(|host| self.evidence.of(host.into(), index))
             .collect();
-        let expected_disk = self.index;
+        let (expected_disk, me, wrote) = (self.index, self.me, self.wrote);
         let device = self.device()?;
         let need = expect.geometry.total_bytes();
         let have = device.size().map_err(failed("find its size"))?;
@@ -288,6 +291,10 @@ impl Disk {
             let (block, _) = decode_block(page, host, &header)?;
             let acked = acked[usize::from(slot)];
             if block.seq < acked {
+                let other_run = wrote.is_some_and(|run| run != block.record.incarnation);
+                if host == me && other_run {
+                    return Err(DiskFault::OtherRun { host });
+                }
                 return Err(DiskFault::Stale {
                     host,
                     shows: block.seq,
@@ -380,6 +387,7 @@ impl Disk {
                 &Aligned::copy_of(&*block.encode()),
             )
             .map_err(failed("write its block"))?;
+        self.wrote = Some(record.incarnation);
         self.placed = Some(places.into_iter().flatten().collect());
         self.evidence
             .learn(me, usize::from(index), expect.set, write.seq);

@@ -247,6 +247,8 @@ pub(super) enum Sabotage {
 pub struct Machine {
     me: HostSlot,
     incarnation: Incarnation,
+    /// The run before this one, whose records a disk that loses writes still shows.
+    before: Incarnation,
     /// What this host's blocks say, or will once they are written.
     own: Record,
     /// Per disk: an action is under way; whether it belongs to the present round.
@@ -298,6 +300,7 @@ impl Machine {
         Self {
             me,
             incarnation,
+            before: recovered.incarnation,
             own: Record {
                 incarnation,
                 ..recovered
@@ -668,7 +671,10 @@ impl Machine {
         };
         match pass.get(mine) {
             Some(there) if *there == own => {}
-            Some(there) if there.incarnation != own.incarnation => {
+            Some(there)
+                if ![own.incarnation, self.before, Record::FIRST.incarnation]
+                    .contains(&there.incarnation) =>
+            {
                 self.finish(Outcome::SlotTaken);
                 return;
             }

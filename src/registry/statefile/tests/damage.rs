@@ -193,7 +193,12 @@ fn a_block_write_cut_at_any_sector_leaves_a_registry_that_goes_on() {
         let mut torn = new[disk].clone();
         torn[at + cut..at + PAGE_BYTES].copy_from_slice(&copies[disk][at + cut..at + PAGE_BYTES]);
         assert!(Block::decode(&torn[at..at + PAGE_BYTES]).unwrap().1);
-        fs::write(&set.disks[disk], &torn).unwrap();
+        let file = fs::File::options()
+            .write(true)
+            .open(&set.disks[disk])
+            .unwrap();
+        let block = &torn[at..at + PAGE_BYTES];
+        file.write_all_at(block, at as u64).unwrap();
         let report = inspect(&set.disks, Some(POOL));
         assert!(report.is_well(), "{:?}", report.problems);
         assert!(report.problems.iter().any(|p| p.kind == "torn"));
