@@ -35,6 +35,8 @@
 //! was read after that; use a ballot twice; call a value chosen that another majority could
 //! miss.
 
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
 use serde::Serialize;
 
 /// Most hosts: ballots are dealt out by this modulus, so it is part of the format.
