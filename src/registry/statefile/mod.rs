@@ -30,6 +30,7 @@ mod layout;
 mod make;
 mod page;
 pub mod paxos;
+mod record;
 mod shell;
 mod worker;
 
