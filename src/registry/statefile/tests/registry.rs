@@ -342,6 +342,42 @@ fn a_slot_of_another_host_is_only_taken_on_request() {
     assert_eq!(host.read("k").unwrap().unwrap().version, 1);
 }
 
+/// Let host 1 write `key` once host 0 has written `blocks` blocks and is about to read them.
+fn interrupt(set: &Set, blocks: usize, key: &'static str) -> CasOutcome {
+    let mut first = set.open(0);
+    let second = Mutex::new((set.open(1), 0));
+    let own_block = super::GEOMETRY.block_at(super::HostSlot(0));
+    hook::set(&set.disks[0], move |op| {
+        if let Ok(mut second) = second.try_lock() {
+            second.1 += usize::from(op == Op::Write(own_block));
+            if op == Op::Read && second.1 == blocks {
+                second.1 += 1;
+                let won = second.0.compare_and_set(key, None, b"second").unwrap();
+                assert_eq!(won, CasOutcome::Won { version: 1 });
+            }
+        }
+        Ok(Then::Go)
+    });
+    let outcome = first.compare_and_set("k", None, b"first").unwrap();
+    hook::clear(&set.disks[0]);
+    outcome
+}
+
+#[test]
+fn a_host_that_was_overtaken_knows_whether_it_won() {
+    // In phase 2: the other finishes the proposal, builds upon it, and the first learns so.
+    let set = Set::new(1);
+    assert_eq!(interrupt(&set, 2, "other"), CasOutcome::Won { version: 1 });
+    assert_eq!(set.open(2).list("").unwrap().len(), 2);
+    // In phase 1: nobody knows of the proposal. Another key does not matter, the same does.
+    let set = Set::new(1);
+    assert_eq!(interrupt(&set, 1, "other"), CasOutcome::Won { version: 1 });
+    assert_eq!(set.open(2).list("").unwrap().len(), 2);
+    let set = Set::new(1);
+    let lost = CasOutcome::Lost(Some(versioned(1, b"second")));
+    assert_eq!(interrupt(&set, 1, "k"), lost);
+}
+
 #[test]
 fn too_large_a_document_is_refused_and_changes_nothing() {
     let set = Set::new(1);
