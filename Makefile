@@ -4,6 +4,8 @@ CARGO ?= cargo
 # One profile for demo, test and soak (Cargo.toml says why), so nothing is built twice.
 POLLUX = target/debug/pollux
 SEEDS ?= 10000
+# States that the model check of the statefile explores per case; about 2 KiB of memory each.
+MODEL_STEPS ?= 1000000
 FUZZ_SECONDS ?= 60
 
 .PHONY: help setup setup-verify build demo test verify advisories fix bench soak fuzz
@@ -18,7 +20,7 @@ help:
 	@echo '  make verify    read-only: format, lints, rooms, licences, docs'
 	@echo '  make fix       writes: format, and the lints that can mend themselves'
 	@echo '  make bench     measure; docs/promises.md holds the numbers'
-	@echo '  make soak      the simulator over many seeds (SEEDS=$(SEEDS))'
+	@echo '  make soak      the simulator over many seeds (SEEDS=$(SEEDS)), the model check of the statefile'
 	@echo '  make fuzz      every decoder of the interconnect (FUZZ_SECONDS=$(FUZZ_SECONDS) each)'
 	@echo '  make advisories  known holes in dependencies (asks the network for the list)'
 	@echo
@@ -60,6 +62,7 @@ bench: setup
 
 soak: setup
 	POLLUX_SEEDS=$(SEEDS) $(CARGO) test --locked -p pollux sim -- --nocapture
+	POLLUX_MODEL_STEPS=$(MODEL_STEPS) $(CARGO) test --locked -p pollux --lib statefile::model -- --nocapture
 
 fuzz: setup
 	FUZZ_SECONDS=$(FUZZ_SECONDS) scripts/fuzz

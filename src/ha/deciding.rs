@@ -136,15 +136,22 @@ pub(super) fn decide(view: &View<'_>, oustings: &mut Oustings) -> Decided {
             oustings.leaderless = None;
             coordinate(view, &verdicts, oustings)
         }
-        Some(c)
-            if view.state.is_in(c.host, c.incarnation)
-                && verdicts.get(&c.host) == Some(&Verdict::Stays) =>
-        {
+        Some(c) if view.state.is_in(c.host, c.incarnation) && is_able(view, &verdicts, c.host) => {
             oustings.leaderless = None;
             Decided::default()
         }
         _ => elect(view, &verdicts, oustings),
     }
+}
+
+/// Whether another coordinator can do its work: it stays, runs, and reads the registry. One
+/// that is heard by others only is left to them.
+fn is_able(view: &View<'_>, verdicts: &BTreeMap<HostId, Verdict>, host: HostId) -> bool {
+    let able = |report: &&Report| {
+        let age = report.registry.age;
+        !report.farewell && age.is_some_and(|age| age < view.config.timing.lease)
+    };
+    verdicts.get(&host) == Some(&Verdict::Stays) && view.reports.get(&host).is_none_or(able)
 }
 
 fn reaches_gateway(view: &View<'_>) -> bool {
@@ -169,11 +176,11 @@ fn elect(
 ) -> Decided {
     let since = *oustings.leaderless.get_or_insert(view.now);
     let fit = |host: &HostId| {
+        let report = view.reports[host];
+        let age = report.registry.age;
         verdicts.get(host) == Some(&Verdict::Stays)
-            && view.reports[host]
-                .registry
-                .age
-                .is_some_and(|age| age < view.config.timing.network_lost)
+            && !report.farewell
+            && age.is_some_and(|age| age < view.config.timing.network_lost)
     };
     let first = view.reports.keys().find(|host| fit(host));
     if first != Some(&view.config.me) || view.now.since(since) < hesitation(view) {
@@ -185,7 +192,10 @@ fn elect(
             Some(Verdict::Lost(why) | Verdict::Goes(why)) => {
                 format!("coordinator {} is gone: {why}", view.state.name(host))
             }
-            _ => format!("coordinator {} is no member", view.state.name(host)),
+            _ => format!(
+                "coordinator {} is no member any more, or does not reach the registry",
+                view.state.name(host)
+            ),
         },
         None => "there is no coordinator".to_owned(),
     };

@@ -26,6 +26,7 @@
 use super::deciding::{self, Oustings};
 use super::detector::{Contacts, PathVerdict};
 use super::lease::Lease;
+use super::liveset::{Verdict, judge};
 use super::report::{Path, RegistryView, Report};
 use super::state::{Member, PoolState, Proof, Standing};
 use super::time::Millis;
@@ -517,7 +518,7 @@ impl Machine {
         self.write(now, state, actions);
     }
 
-    /// Ask to be a member.
+    /// Ask to be a member, unless the members would give this host up at once.
     fn join(&mut self, now: Millis, actions: &mut Vec<Action>) {
         if self.phase != Phase::Joining || self.writing.is_some() {
             return;
@@ -531,12 +532,18 @@ impl Machine {
             // A later life of this very host, or this one, is out: nothing to join by.
             return;
         }
+        self.enter(&mut next);
+        let own = self.report(now);
+        let verdicts = judge(&self.config.timing, &next, &self.reports(&own, now));
+        let stays = verdicts.get(&self.config.me) == Some(&Verdict::Stays);
+        if !stays || !self.contacts.may_judge(now) {
+            return;
+        }
         let peers = state.value.members_in();
         self.peers_at_join = peers
             .filter(|(host, _)| *host != self.config.me)
             .map(|(host, member)| (host, member.incarnation))
             .collect();
-        self.enter(&mut next);
         self.write(now, next, actions);
     }
 

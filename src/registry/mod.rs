@@ -14,10 +14,10 @@ use std::time::Duration;
 pub mod etcd;
 mod file;
 mod format;
+pub mod statefile;
 #[cfg(test)]
 mod suite;
 mod watch;
-pub mod statefile;
 
 pub use etcd::{EtcdOptions, EtcdRegistry};
 pub use file::{FileRegistry, FileRegistryOptions};

@@ -106,6 +106,12 @@ impl World {
         (0..self.hosts.len()).filter(member).collect()
     }
 
+    fn phases(&self) -> Vec<Option<(Incarnation, Phase)>> {
+        let phase = |m: &Machine| (m.config.incarnation, m.phase().clone());
+        let machines = self.hosts.iter().map(|host| host.machine.as_ref());
+        machines.map(|machine| machine.map(phase)).collect()
+    }
+
     fn state(&self) -> &PoolState {
         &self.registry.as_ref().unwrap().1
     }
@@ -567,9 +573,10 @@ fn whatever_fails_nothing_runs_twice_and_in_the_end_all_are_members() {
         while world.members() != all {
             assert!(
                 world.now < end,
-                "seed {seed}: {:?} of {hosts}\n{:#?}",
+                "seed {seed}: {:?} of {hosts}\n{:#?}\n{:?}",
                 world.members(),
-                world.state()
+                world.state(),
+                world.phases()
             );
             world.step();
             // Whoever was switched off is switched on again.

@@ -102,6 +102,8 @@ impl Device {
 
     /// Read `len` bytes, a multiple of a block.
     pub(super) fn read(&self, at: u64, len: usize) -> io::Result<Aligned> {
+        #[cfg(test)]
+        hook::call(&self.path, hook::Op::Read)?;
         let mut aligned = Aligned::zeroed(len);
         self.file.read_exact_at(aligned.bytes_mut(), at)?;
         Ok(aligned)
@@ -109,6 +111,56 @@ impl Device {
 
     /// Write whole blocks; they are on the disk when this returns.
     pub(super) fn write(&self, at: u64, bytes: &Aligned) -> io::Result<()> {
+        #[cfg(test)]
+        if hook::call(&self.path, hook::Op::Write(at))? == hook::Then::Lose {
+            return Ok(());
+        }
         self.file.write_all_at(bytes.bytes(), at)
+    }
+}
+
+/// Faults that tests put before a device's operations, by its path.
+#[cfg(test)]
+pub(super) mod hook {
+    use std::collections::HashMap;
+    use std::io;
+    use std::path::{Path, PathBuf};
+    use std::sync::{Arc, Mutex, PoisonError};
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) enum Op {
+        Read,
+        Write(u64),
+    }
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) enum Then {
+        Go,
+        /// Say it is written, and do not write.
+        Lose,
+    }
+
+    type Hook = Arc<dyn Fn(Op) -> io::Result<Then> + Send + Sync>;
+
+    static HOOKS: Mutex<Option<HashMap<PathBuf, Hook>>> = Mutex::new(None);
+
+    pub(crate) fn set(path: &Path, hook: impl Fn(Op) -> io::Result<Then> + Send + Sync + 'static) {
+        let mut hooks = HOOKS.lock().unwrap_or_else(PoisonError::into_inner);
+        hooks
+            .get_or_insert_default()
+            .insert(path.to_owned(), Arc::new(hook));
+    }
+
+    pub(crate) fn clear(path: &Path) {
+        let mut hooks = HOOKS.lock().unwrap_or_else(PoisonError::into_inner);
+        hooks.get_or_insert_default().remove(path);
+    }
+
+    pub(super) fn call(path: &Path, op: Op) -> io::Result<Then> {
+        let hook = {
+            let hooks = HOOKS.lock().unwrap_or_else(PoisonError::into_inner);
+            hooks.as_ref().and_then(|hooks| hooks.get(path).cloned())
+        };
+        hook.map_or(Ok(Then::Go), |hook| hook(op))
     }
 }

@@ -9,11 +9,10 @@ use super::document::id_of;
 use super::fault::DiskFault;
 use super::layout::{BadBeat, Beat, Block, Geometry, Header, VALUE_SLOTS, ValueRef};
 use super::page::{BadPage, PAGE_BYTES};
-use super::paxos::{DISKS_MAX, HOSTS_MAX, HostSlot, Record, ValueId};
+use super::paxos::{DISKS_MAX, HOSTS_MAX, HostSlot, Incarnation, Record, ValueId};
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
 
@@ -27,43 +26,53 @@ pub(super) struct Expect {
 
 /// Per host and disk the highest write counter known to be acknowledged, of one set
 /// generation. Shared by the disks of a host: each reads what blocks say about the others.
+/// Held for a few instructions at a time, and never over I/O.
 #[derive(Debug)]
-pub(super) struct Evidence {
-    set: AtomicU64,
-    acked: Vec<[AtomicU64; DISKS_MAX]>,
+pub(super) struct Evidence(Mutex<Acked>);
+
+#[derive(Debug)]
+struct Acked {
+    set: u64,
+    by_host: Vec<[u64; DISKS_MAX]>,
 }
 
 impl Evidence {
     pub(super) fn new() -> Self {
-        let acked = (0..HOSTS_MAX).map(|_| Default::default()).collect();
-        Self {
-            set: AtomicU64::new(0),
-            acked,
-        }
+        Self(Mutex::new(Acked {
+            set: 0,
+            by_host: vec![[0; DISKS_MAX]; HOSTS_MAX.into()],
+        }))
+    }
+
+    fn acked(&self) -> MutexGuard<'_, Acked> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A replaced disk owes nothing of what its predecessor had acknowledged.
     pub(super) fn begin_set(&self, set: u64) {
-        if self.set.swap(set, Ordering::SeqCst) != set {
-            for acked in self.acked.iter().flatten() {
-                acked.store(0, Ordering::SeqCst);
-            }
+        let mut acked = self.acked();
+        if acked.set != set {
+            acked.set = set;
+            acked.by_host.fill([0; DISKS_MAX]);
         }
     }
 
-    fn of(&self, host: usize, disk: usize) -> u64 {
-        self.acked[host][disk].load(Ordering::SeqCst)
+    /// What `disk` has acknowledged, by host.
+    fn of_disk(&self, disk: usize) -> Vec<u64> {
+        self.acked().by_host.iter().map(|row| row[disk]).collect()
     }
 
     fn learn(&self, host: HostSlot, disk: usize, set: u64, seq: u64) {
-        if set == self.set.load(Ordering::SeqCst) {
-            self.acked[usize::from(host.0)][disk].fetch_max(seq, Ordering::SeqCst);
+        let mut acked = self.acked();
+        if acked.set == set {
+            let known = &mut acked.by_host[usize::from(host.0)][disk];
+            *known = seq.max(*known);
         }
     }
 
     /// What this host's next block says about the disks.
     pub(super) fn row(&self, host: HostSlot) -> [u64; DISKS_MAX] {
-        std::array::from_fn(|disk| self.of(usize::from(host.0), disk))
+        self.acked().by_host[usize::from(host.0)]
     }
 }
 
@@ -85,6 +94,8 @@ pub(super) struct Disk {
     evidence: Arc<Evidence>,
     /// What this host's block on the disk names; `None` while that is not known.
     placed: Option<Vec<ValueRef>>,
+    /// Which run this is, once it has written here.
+    wrote: Option<Incarnation>,
 }
 
 fn failed(what: &'static str) -> impl Fn(io::Error) -> DiskFault {
@@ -219,12 +230,8 @@ impl Disk {
             device: None,
             evidence,
             placed: None,
+            wrote: None,
         }
-    }
-
-    /// Whether the last use went past the page cache.
-    pub(super) fn is_direct(&self) -> bool {
-        self.device.as_ref().is_some_and(|d| d.direct)
     }
 
     /// The device, opened if it is not, or if the path leads elsewhere by now.
@@ -271,11 +278,14 @@ impl Disk {
         let index = usize::from(self.index);
         let slots = expect.geometry.slots;
         // What was acknowledged before this read began must be in it.
-        let acked: Vec<u64> = (0..slots)
-            .map(|host| self.evidence.of(host.into(), index))
-            .collect();
-        let expected_disk = self.index;
+        let acked = self.evidence.of_disk(index);
+        let (expected_disk, me, wrote) = (self.index, self.me, self.wrote);
         let device = self.device()?;
+        let need = expect.geometry.total_bytes();
+        let have = device.size().map_err(failed("find its size"))?;
+        if have < need {
+            return Err(DiskFault::WrongSize { have, need });
+        }
         let aligned = device
             .read(0, expect.geometry.pass_bytes())
             .map_err(failed("read its blocks"))?;
@@ -288,6 +298,10 @@ impl Disk {
             let (block, _) = decode_block(page, host, &header)?;
             let acked = acked[usize::from(slot)];
             if block.seq < acked {
+                let other_run = wrote.is_some_and(|run| run != block.record.incarnation);
+                if host == me && other_run {
+                    return Err(DiskFault::OtherRun { host });
+                }
                 return Err(DiskFault::Stale {
                     host,
                     shows: block.seq,
@@ -380,6 +394,7 @@ impl Disk {
                 &Aligned::copy_of(&*block.encode()),
             )
             .map_err(failed("write its block"))?;
+        self.wrote = Some(record.incarnation);
         self.placed = Some(places.into_iter().flatten().collect());
         self.evidence
             .learn(me, usize::from(index), expect.set, write.seq);

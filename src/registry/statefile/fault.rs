@@ -86,6 +86,15 @@ pub enum DiskFault {
         /// The write counter it had acknowledged.
         acked: u64,
     },
+    /// This host's own block was written by another run of it.
+    #[error(
+        "the block of host slot {} is not this run's: another process uses the slot, or the disk went back in time",
+        host.0
+    )]
+    OtherRun {
+        /// This host.
+        host: HostSlot,
+    },
     /// The value is not there any more, or damaged.
     #[error("the value is not there any more")]
     Gone,
@@ -105,6 +114,7 @@ impl DiskFault {
             Self::Geometry => "geometry",
             Self::SetChanged { .. } => "old-set",
             Self::Stale { .. } => "stale",
+            Self::OtherRun { .. } => "slot",
             Self::Gone => "gone",
         }
     }
@@ -137,6 +147,9 @@ impl DiskFault {
             }
             Self::Stale { .. } => {
                 "it was restored from a snapshot or loses writes; `pollux statefile replace` it, and find out why"
+            }
+            Self::OtherRun { .. } => {
+                "stop the other process, or `pollux statefile replace` the disk; then start this one again"
             }
             Self::Gone => "run `pollux statefile check`",
         }

@@ -437,12 +437,19 @@ fn newest(paths: &[PathBuf], open: &[Open], report: &mut Report) {
         report.problem(None, "contradiction", what, remedy);
         return;
     }
-    report.instance = Some(Instance(at.0 - 1));
-    report.proposed = newest().any(|(_, b)| b.record.proposed.is_some());
-    let Some(id) = chosen else { return };
+    let (instance, value) = match decided(open, at, report.geometry) {
+        Some(id) => (at, Some(id)),
+        None => (Instance(at.0 - 1), chosen),
+    };
+    report.instance = Some(instance);
+    report.proposed = instance < at && newest().any(|(_, b)| b.record.proposed.is_some());
+    let Some(id) = value else { return };
     let read = |id: ValueId| -> Option<Arc<[u8]>> {
         newest().find_map(|(disk, b)| {
-            let value = b.chosen.filter(|value| value.id == id)?;
+            let value = [b.chosen, b.proposed]
+                .into_iter()
+                .flatten()
+                .find(|value| value.id == id)?;
             read_value(&disk.device, &disk.header.geometry, b.host, value).ok()
         })
     };
@@ -463,7 +470,7 @@ fn newest(paths: &[PathBuf], open: &[Open], report: &mut Report) {
             let disks: Vec<String> = paths.iter().map(|p| p.display().to_string()).collect();
             let what = format!(
                 "the document of instance {} is whole on none of {}",
-                at.0 - 1,
+                instance.0,
                 disks.join(", ")
             );
             let remedy = "bring back a disk that is missing; otherwise restore the disks from a backup, all hosts stopped";
@@ -471,4 +478,28 @@ fn newest(paths: &[PathBuf], open: &[Open], report: &mut Report) {
         }
         None => {}
     }
+}
+
+/// The value proposed in instance `at` on a majority of the disks with nobody above it there,
+/// which makes it the chosen one (`paxos.rs`).
+fn decided(open: &[Open], at: Instance, geometry: Option<Geometry>) -> Option<ValueId> {
+    let records = || {
+        open.iter()
+            .flat_map(|disk| disk.blocks.iter().flatten())
+            .map(|b| b.record)
+            .filter(|r| r.instance == at)
+    };
+    let top = records()
+        .filter(|r| r.proposed.is_some())
+        .max_by_key(|r| r.bal)?;
+    let disks = open
+        .iter()
+        .filter(|disk| {
+            let there = || disk.blocks.iter().flatten().map(|b| b.record);
+            there().any(|r| r == top && r.mbal == top.bal)
+                && !there().any(|r| r.instance == at && r.mbal > top.bal)
+        })
+        .count();
+    let quorum = majority(geometry.map_or(usize::MAX, |g| g.disks.into()));
+    top.proposed.filter(|_| disks >= quorum)
 }

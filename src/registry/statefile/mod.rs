@@ -30,6 +30,7 @@ mod layout;
 mod make;
 mod page;
 pub mod paxos;
+mod record;
 mod shell;
 mod worker;
 
@@ -40,7 +41,7 @@ mod model;
 #[cfg(test)]
 mod tests;
 
-pub use beats::{Beats, BeatsOptions, HeardBeat};
+pub use beats::{BeatFault, Beats, BeatsOptions, HeardBeat};
 pub use document::{BadDocument, Document, Proposal};
 pub use fault::DiskFault;
 pub use inspect::{DiskReport, HostReport, KeyReport, Problem, Report, Severity, inspect};

@@ -214,7 +214,7 @@ impl State {
             }
             Event::Restart(h) => {
                 // A refused start changes nothing: it is tried again or never.
-                let slot = HostSlot(h as u16);
+                let slot = HostSlot(u16::try_from(h).unwrap());
                 if let Some(record) = recover(slot, &next.disks) {
                     let record = if bounds.forgets {
                         Record::FIRST
@@ -353,6 +353,7 @@ impl State {
 /// How far an exploration came.
 #[derive(Debug)]
 struct Explored {
+    #[expect(dead_code, reason = "printed")]
     states: usize,
     /// Every state within the bounds was seen.
     whole: bool,

@@ -210,6 +210,15 @@ impl Shell {
         told.join("; ")
     }
 
+    /// Until nothing is under way on any disk, so that a test may touch them.
+    #[cfg(test)]
+    pub(super) fn settle(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while (0..self.workers.len()).any(|disk| self.machine.is_busy(disk)) {
+            assert!(self.wait(deadline), "a disk does not answer");
+        }
+    }
+
     /// The record this host has on the disks, or will have.
     pub(super) fn own(&self) -> &Record {
         self.machine.own()
