@@ -442,19 +442,24 @@ impl Machine {
                 self.adopt(now, found, actions);
                 if is_in {
                     self.lease.own_read(began);
-                    self.become_member();
+                    self.become_member(actions);
                 } else {
                     self.join(now, actions);
                 }
+                self.leave(now, actions);
             }
             None => self.found_pool(now, actions),
         }
         self.decide(now, actions);
     }
 
-    fn become_member(&mut self) {
-        if self.phase == Phase::Joining {
+    /// The watchdog is armed before anything may run.
+    fn become_member(&mut self, actions: &mut Vec<Action>) {
+        if self.phase == Phase::Joining
+            && let Some(until) = self.lease.until()
+        {
             self.phase = Phase::Member;
+            actions.push(Action::PetUntil(until));
         }
     }
 
@@ -547,6 +552,26 @@ impl Machine {
         self.write(now, next, actions);
     }
 
+    /// Nothing runs here any more: say so where it counts, in case nobody else is left to.
+    fn leave(&mut self, now: Millis, actions: &mut Vec<Action>) {
+        let Some(state) = &self.state else {
+            return;
+        };
+        if !matches!(self.phase, Phase::Stopped { .. }) || self.writing.is_some() {
+            return;
+        }
+        let (me, life) = (self.config.me, self.config.incarnation);
+        let (standing, what) = match state.value.standing(me, life) {
+            Some(Standing::In) => (Standing::Away, "away"),
+            Some(Standing::Ousted) => (Standing::Dead(Proof::Farewell), "dead"),
+            _ => return,
+        };
+        let mut next = state.value.clone();
+        next.become_standing(me, standing);
+        next.decide(me, me, what, &Proof::Farewell.to_string());
+        self.write(now, next, actions);
+    }
+
     fn enter(&self, state: &mut PoolState) {
         let config = &self.config;
         let before = state.members.get(&config.me);
@@ -577,7 +602,7 @@ impl Machine {
                 if is_in {
                     // At its commit, later than its begin, this host was a member.
                     self.lease.own_read(began);
-                    self.become_member();
+                    self.become_member(actions);
                 }
                 self.decide(now, actions);
             }

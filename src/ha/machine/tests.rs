@@ -41,6 +41,8 @@ struct World {
     operations: Vec<(u64, usize, Option<(Option<u64>, PoolState)>)>,
     may_restart: Vec<(u64, u8, u64, Proof)>,
     alerts: Vec<String>,
+    writes: u64,
+    lost_answers: bool,
 }
 
 fn name(n: usize) -> HostName {
@@ -60,6 +62,8 @@ impl World {
             operations: Vec::new(),
             may_restart: Vec::new(),
             alerts: Vec::new(),
+            writes: 0,
+            lost_answers: false,
         };
         for n in 0..hosts {
             world.hosts.push(Host {
@@ -238,14 +242,24 @@ impl World {
                     found.map(|(version, value)| Versioned { version, value })
                 )),
                 Some(_) if !works => Input::Written(WriteOutcome::Lost),
+                // Now and then an answer is lost: with the write, or after it.
+                Some(_) if self.lost_answers && self.writes % 7 == 3 => {
+                    self.writes += 1;
+                    Input::Written(WriteOutcome::Unknown)
+                }
                 Some((expected, state)) => {
+                    self.writes += 1;
                     let version = found.as_ref().map(|(version, _)| *version);
                     if version == expected {
                         let bytes = state.to_bytes();
                         let state = PoolState::from_bytes(&bytes).unwrap();
                         let version = version.unwrap_or(0) + 1;
                         self.registry = Some((version, state));
-                        Input::Written(WriteOutcome::Won { version })
+                        if self.lost_answers && self.writes % 5 == 0 {
+                            Input::Written(WriteOutcome::Unknown)
+                        } else {
+                            Input::Written(WriteOutcome::Won { version })
+                        }
                     } else {
                         Input::Written(WriteOutcome::Lost)
                     }
@@ -531,6 +545,7 @@ fn whatever_fails_nothing_runs_twice_and_in_the_end_all_are_members() {
         let mut rng = Rng::new(seed);
         let hosts = usize::try_from(2 + rng.between(0, 4 - 1)).unwrap();
         let mut world = World::new(hosts);
+        world.lost_answers = rng.between(0, 1) > 0;
         world.watchdog = rng.between(0, 4 - 1) > 0;
         world.fencing = (rng.between(0, 2 - 1) > 0).then(|| 200 + rng.between(0, 3000 - 1));
         world.fence_works = rng.between(0, 3 - 1) > 0;
