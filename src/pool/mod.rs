@@ -5,5 +5,5 @@
 pub mod host;
 pub mod spec;
 
-pub use host::HostName;
+pub use host::{HOST_NAME_BYTES_MAX, HostName};
 pub use interconnect::ids::{Epoch, Generation, VmId};
