@@ -6,6 +6,7 @@
 mod drill;
 mod lab;
 mod link;
+mod pool;
 mod show;
 mod vm;
 
@@ -62,6 +63,9 @@ enum Command {
     /// Links to partner hosts.
     #[command(subcommand)]
     Link(link::LinkCommand),
+    /// The pool this host belongs to.
+    #[command(subcommand)]
+    Pool(pool::PoolCommand),
     /// Hosts on this one machine, in namespaces, for trying and drilling.
     #[command(subcommand)]
     Lab(lab::LabCommand),
@@ -138,6 +142,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Vm(command) => vm::run(command, &client, json)?,
         Command::Link(command) => return link::run(command, &client, json),
+        Command::Pool(command) => return pool::run(command, json),
         Command::Lab(command) => return lab::run(command, json),
         Command::Drill(command) => return drill::run(command, json),
         Command::Demo => return drill::demo(json),
