@@ -414,15 +414,19 @@ fn a_network_that_goes_and_comes_back_is_told_once_and_works_by_itself() {
             ip("link add plug type veth peer name hole");
             ip("link set hole up");
             ip("link set plug up");
-            ip("addr add 10.9.0.1/24 dev plug");
+            for at in 1..=2 {
+                ip(&format!("addr add 10.9.0.{at}/24 dev plug"));
+            }
         };
-        ip("addr add 10.9.0.2/32 dev lo");
         let mut plan = Plan::new(2, 1);
         for (at, addr) in ["10.9.0.1:7445", "10.9.0.2:7445"].into_iter().enumerate() {
             plan.hosts[at].addrs = BTreeMap::from([(net(0), addr.parse().unwrap())]);
         }
-        // a's address is not there when it starts.
-        let (mut a, mut b) = (plan.start(0, 10), plan.start(1, 10));
+        // Nothing is there when they start. A socket that was bound to an interface is of no use
+        // when another of that name comes.
+        let mut bound = plan.config(0, 10);
+        bound.networks[0].device = Some("plug".to_owned());
+        let (mut a, mut b) = (Node::new(bound), plan.start(1, 10));
         let tell = |node: &Node| {
             let told = node.events.iter();
             told.map(|event| match event {
@@ -431,8 +435,11 @@ fn a_network_that_goes_and_comes_back_is_told_once_and_works_by_itself() {
             })
             .collect::<Vec<_>>()
         };
-        until(&mut [&mut a, &mut b], "told", |n| !n[0].events.is_empty());
-        assert_eq!(tell(&a), ["fails: EADDRNOTAVAIL"]);
+        until(&mut [&mut a, &mut b], "told", |nodes| {
+            nodes.iter().all(|node| !node.events.is_empty())
+        });
+        assert_eq!(tell(&b), ["fails: EADDRNOTAVAIL"]);
+        assert_eq!(tell(&a), ["fails: ENODEV"]);
         assert!(!a.transport.status().networks[0].open);
         let works = Event::NetworkWorks { network: net(0) };
         for times in 1..=2 {
