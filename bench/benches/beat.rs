@@ -128,6 +128,7 @@ fn load(payload_bytes: usize) -> Result<()> {
         })?)
     };
     let all = (1..HOSTS_MAX).map(peer).collect::<Result<Vec<_>>>()?;
+    let all_peers = all.len() as u128;
     let measured = start(0, all)?;
     let task = thread()?;
     let mut hosts = vec![measured];
@@ -137,10 +138,10 @@ fn load(payload_bytes: usize) -> Result<()> {
     let beat = |duration: Duration| -> Result<()> {
         let end = Instant::now() + duration;
         while Instant::now() < end {
+            let next = Instant::now() + PERIOD_DEFAULT;
             for (transport, _) in &hosts {
                 transport.publish(vec![7; payload_bytes])?;
             }
-            let next = Instant::now() + PERIOD_DEFAULT;
             for (_, inbox) in &hosts {
                 black_box(inbox.wait(Duration::ZERO));
             }

@@ -492,7 +492,7 @@ fn one_peer_out_of_reach_is_told_once_and_the_others_are_heard() {
             peer: peer.clone(),
             error,
         };
-        assert_eq!(a.events, [fails.clone()]);
+        assert_eq!(a.events, std::slice::from_ref(&fails));
         ip("addr add 192.0.2.3/32 dev lo");
         until(&mut [&mut a, &mut b], "told", |n| n[0].events.len() > 1);
         assert_eq!(a.events, [fails, Event::PathWorks { network, peer }]);

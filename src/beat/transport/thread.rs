@@ -415,8 +415,7 @@ impl Beat {
         let mut datagram = [0; PACKET_BYTES_MAX + 1];
         let mut waiting = Vec::new();
         for at in 0..NETWORKS_MAX {
-            loop {
-                let Some(net) = &mut self.nets[at] else { break };
+            while let Some(net) = &mut self.nets[at] {
                 let Some(socket) = net.socket.as_ref().filter(|_| net.budget > 0) else {
                     break;
                 };
