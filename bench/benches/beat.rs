@@ -14,7 +14,8 @@ use pollux::pool::HostName;
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use ring::{hkdf, hmac};
 use std::hint::black_box;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Repetitions of one operation.
@@ -171,8 +172,84 @@ fn load(payload_bytes: usize) -> Result<()> {
     Ok(())
 }
 
+/// A stranger sends as much as it can on all networks, from the address of a peer: packets of
+/// the largest size in which all is right but the MAC.
+fn flood() -> Result<()> {
+    let keys = PoolKeys::create()?;
+    let start = |host: usize, other: usize| -> Result<_> {
+        let networks = (0..NETWORKS).map(|n| {
+            Ok(Network {
+                index: NetworkIndex(n),
+                local: addr(host, n)?,
+                device: None,
+            })
+        });
+        Ok(Transport::start(TransportConfig {
+            me: name(host)?,
+            incarnation: Incarnation(1),
+            keys: keys.clone(),
+            networks: networks.collect::<Result<_>>()?,
+            peers: vec![peer(other)?],
+            period: PERIOD_DEFAULT,
+        })?)
+    };
+    // One real packet on each network shows how they look.
+    let taps = (0..NETWORKS)
+        .map(|n| Ok(UdpSocket::bind(addr(0, n)?)?))
+        .collect::<Result<Vec<_>>>()?;
+    let (transport, _inbox) = start(1, 0)?;
+    transport.publish(vec![7; PAYLOAD_BYTES_MAX])?;
+    let mut forged = Vec::new();
+    for tap in &taps {
+        let mut packet = vec![0; PACKET_BYTES_MAX];
+        tap.recv(&mut packet)?;
+        packet[PACKET_BYTES_MAX - 1] ^= 1;
+        forged.push(packet);
+    }
+    drop((taps, transport));
+    let (transport, _inbox) = start(0, 1)?;
+    let task = thread()?;
+    let stop = AtomicBool::new(false);
+    let strangers = (0..NETWORKS)
+        .map(|n| Ok((UdpSocket::bind(addr(1, n)?)?, addr(0, n)?)))
+        .collect::<Result<Vec<_>>>()?;
+    std::thread::scope(|scope| {
+        for ((socket, to), packet) in strangers.iter().zip(&forged) {
+            let stop = &stop;
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let _ = socket.send_to(packet, to);
+                }
+            });
+        }
+        std::thread::sleep(PERIOD_DEFAULT * 4);
+        let (before, start) = (on_processor(&task), Instant::now());
+        std::thread::sleep(WATCH / 2);
+        let (after, watched) = (on_processor(&task), start.elapsed());
+        stop.store(true, Ordering::Relaxed);
+        let used = after? - before?;
+        let status = transport.status();
+        let refused: u64 = status
+            .paths
+            .iter()
+            .flat_map(|path| path.refused.iter().map(|refused| refused.1))
+            .sum();
+        println!(
+            "flooded on {NETWORKS} networks: {:.2} % of one processor; {refused} refused, periods cut short: {}",
+            used.as_secs_f64() / watched.as_secs_f64() * 100.0,
+            status
+                .networks
+                .iter()
+                .map(|network| network.flooded)
+                .sum::<u64>(),
+        );
+        Ok(())
+    })
+}
+
 fn main() -> Result<()> {
     operations()?;
+    flood()?;
     for bytes in [1_000, PAYLOAD_BYTES_MAX] {
         load(bytes)?;
     }
