@@ -164,7 +164,7 @@ fn load(payload_bytes: usize) -> Result<()> {
     let (sent, received) = packets();
     let (sent, received) = (sent - packets_before.0, received - packets_before.1);
     let expected =
-        u64::from(NETWORKS) * 63 * watched.as_millis() as u64 / PERIOD_DEFAULT.as_millis() as u64;
+        u128::from(NETWORKS) * all_peers * watched.as_millis() / PERIOD_DEFAULT.as_millis();
     println!(
         "{HOSTS_MAX} hosts, {NETWORKS} networks, {payload_bytes} bytes each {PERIOD_DEFAULT:?}: {:.2} % of one processor; sent {sent}, received {received}, of {expected} each",
         used.as_secs_f64() / watched.as_secs_f64() * 100.0
