@@ -6,6 +6,7 @@
 //! clock, no thread, no file, no socket.
 
 pub mod api;
+pub mod beat;
 pub mod cli;
 pub mod daemon;
 pub mod drill;

@@ -6,6 +6,7 @@
 mod drill;
 mod lab;
 mod link;
+mod pool;
 mod show;
 mod statefile;
 mod vm;
@@ -66,6 +67,9 @@ enum Command {
     /// The disks on which the hosts of a pool agree: format, show, check, replace.
     #[command(subcommand)]
     Statefile(statefile::StatefileCommand),
+    /// The pool this host belongs to.
+    #[command(subcommand)]
+    Pool(pool::PoolCommand),
     /// Hosts on this one machine, in namespaces, for trying and drilling.
     #[command(subcommand)]
     Lab(lab::LabCommand),
@@ -143,6 +147,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Vm(command) => vm::run(command, &client, json)?,
         Command::Link(command) => return link::run(command, &client, json),
         Command::Statefile(command) => return statefile::run(command, json),
+        Command::Pool(command) => return pool::run(command, json),
         Command::Lab(command) => return lab::run(command, json),
         Command::Drill(command) => return drill::run(command, json),
         Command::Demo => return drill::demo(json),

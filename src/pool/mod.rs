@@ -6,6 +6,6 @@ pub mod host;
 pub mod member;
 pub mod spec;
 
-pub use host::HostName;
+pub use host::{HOST_NAME_BYTES_MAX, HostName};
 pub use interconnect::ids::{Epoch, Generation, VmId};
 pub use member::{HostId, Incarnation, POOL_HOSTS_MAX, Seq};

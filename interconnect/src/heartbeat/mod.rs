@@ -9,10 +9,11 @@
 //! [`crate::detector`]); wait for a lock that an ordinary thread may hold.
 
 mod packet;
-mod realtime;
+pub mod realtime;
 mod thread;
 
 pub use packet::LINKS_MAX;
+pub use thread::boot_time;
 
 use crate::detector::{DETECTION_PERIODS_MIN, Verdict};
 use std::net::{SocketAddr, UdpSocket};

@@ -24,7 +24,8 @@ const DATAGRAMS_PER_PERIOD_MAX: u32 = 512;
 const KEY_OVERLAP: Duration = Duration::from_secs(1);
 
 /// Time since boot, also while the host sleeps.
-pub(super) fn boot_time() -> Duration {
+#[must_use]
+pub fn boot_time() -> Duration {
     let mut time = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
