@@ -9,6 +9,7 @@ pub mod api;
 pub mod cli;
 pub mod daemon;
 pub mod drill;
+pub mod fence;
 pub mod interpose;
 pub mod lab;
 pub mod mirror;

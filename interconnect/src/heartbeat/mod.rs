@@ -9,7 +9,7 @@
 //! [`crate::detector`]); wait for a lock that an ordinary thread may hold.
 
 mod packet;
-mod realtime;
+pub mod realtime;
 mod thread;
 
 pub use packet::LINKS_MAX;

@@ -1,4 +1,5 @@
-//! Real-time priority and locked memory for the heartbeat thread.
+//! Real-time priority and locked memory for the heartbeat thread, and for any other thread
+//! that must run in time.
 //!
 //! A host busy with guests must not be taken for a dead one: the thread must run
 //! within milliseconds whatever the guests do, and must not wait for a page to come
@@ -13,11 +14,14 @@ const PRIORITY: libc::c_int = 20;
 /// Stack that is locked, in bytes; the loop uses a few KiB.
 const STACK_LOCKED_BYTES: usize = 64 << 10;
 /// Stack of the thread: what is locked lies within it, wherever it begins.
-pub(super) const STACK_BYTES: usize = 512 << 10;
+pub const STACK_BYTES: usize = 512 << 10;
 const _: () = assert!(STACK_LOCKED_BYTES * 2 <= STACK_BYTES);
 
 /// Give the calling thread real-time priority.
-pub(super) fn raise_priority() -> io::Result<()> {
+///
+/// # Errors
+/// The kernel's: the process may not.
+pub fn raise_priority() -> io::Result<()> {
     let param = libc::sched_param {
         sched_priority: PRIORITY,
     };
@@ -35,7 +39,10 @@ pub(super) fn raise_priority() -> io::Result<()> {
 /// Lock the program's code and constants and the calling thread's stack. Not
 /// `mlockall`: this process maps guests' memory, which must not be pinned. The few
 /// heap words the loop uses are touched each period, so reclaim never sees them cold.
-pub(super) fn lock_memory() -> io::Result<()> {
+///
+/// # Errors
+/// The kernel's: the limit of locked memory, mostly.
+pub fn lock_memory() -> io::Result<()> {
     let maps = fs::read_to_string("/proc/self/maps")?;
     for line in maps.lines() {
         if let Some((start, length)) = code_range(line) {
