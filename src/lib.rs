@@ -10,6 +10,7 @@ pub mod beat;
 pub mod cli;
 pub mod daemon;
 pub mod drill;
+pub mod fence;
 pub mod ha;
 pub mod interpose;
 pub mod lab;

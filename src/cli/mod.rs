@@ -4,6 +4,7 @@
 //! what failed, on what, and what to do; the exit status is 0 only if it was done.
 
 mod drill;
+mod fence;
 mod lab;
 mod link;
 mod pool;
@@ -76,6 +77,14 @@ enum Command {
     /// Rehearsed failures with measurements.
     #[command(subcommand)]
     Drill(drill::DrillCommand),
+    /// Power fencing: test it, ask for a host's power, take it.
+    #[command(subcommand)]
+    Fence(fence::FenceCommand),
+    /// The watchdog of a lab host: kills it when its daemon stops petting.
+    ///
+    /// Start it outside of the host. It is armed by the first connection; only an orderly
+    /// farewell disarms it (docs/fencing.md).
+    Watchdog(fence::Watchdog),
     /// Cut the power of a lab host under a mirrored VM, and show what happened.
     Demo,
     /// Print a completion script for a shell.
@@ -150,6 +159,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Pool(command) => return pool::run(command, json),
         Command::Lab(command) => return lab::run(command, json),
         Command::Drill(command) => return drill::run(command, json),
+        Command::Fence(command) => return fence::run(command, json),
+        Command::Watchdog(watchdog) => return watchdog.run(),
         Command::Demo => return drill::demo(json),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "pollux", &mut std::io::stdout());
