@@ -35,6 +35,9 @@ use crate::pool::{HostId, HostName, Incarnation, Seq};
 use crate::registry::Versioned;
 use std::collections::{BTreeMap, BTreeSet};
 
+/// The newest report of each host.
+type NewestHeard = BTreeMap<HostId, (Incarnation, Seq)>;
+
 /// Said of the state's version while a write of this host is under way or in doubt.
 const IN_DOUBT: u64 = u64::MAX;
 
@@ -188,10 +191,10 @@ pub struct Machine {
     seq: Seq,
     local: Local,
     /// The read under way: when it began, and whom this host had heard then.
-    reading: Option<(Millis, BTreeMap<HostId, (Incarnation, Seq)>)>,
+    reading: Option<(Millis, NewestHeard)>,
     /// When the newest successful read began. Forgotten after a stall.
     read_at: Option<Millis>,
-    vouches: BTreeMap<HostId, (Incarnation, Seq)>,
+    vouches: NewestHeard,
     state: Option<Versioned<PoolState>>,
     /// The write under way: when it began, and what.
     writing: Option<(Millis, PoolState)>,

@@ -11,6 +11,9 @@ const REGISTRY_MS: u64 = 40;
 const STOP_MS: u64 = 300;
 const BOOT_MS: u64 = 8000;
 
+/// The expected version, and the value.
+type Write = (Option<u64>, PoolState);
+
 struct Host {
     machine: Option<Machine>,
     life: u64,
@@ -38,7 +41,7 @@ struct World {
     fence_works: bool,
     registry: Option<(u64, PoolState)>,
     /// Operations with the time at which they take effect.
-    operations: Vec<(u64, usize, Option<(Option<u64>, PoolState)>)>,
+    operations: Vec<(u64, usize, Option<Write>)>,
     may_restart: Vec<(u64, u8, u64, Proof)>,
     alerts: Vec<String>,
     writes: u64,
@@ -255,7 +258,7 @@ impl World {
                         let state = PoolState::from_bytes(&bytes).unwrap();
                         let version = version.unwrap_or(0) + 1;
                         self.registry = Some((version, state));
-                        if self.lost_answers && self.writes % 5 == 0 {
+                        if self.lost_answers && self.writes.is_multiple_of(5) {
                             Input::Written(WriteOutcome::Unknown)
                         } else {
                             Input::Written(WriteOutcome::Won { version })
@@ -537,6 +540,7 @@ fn short_stalls_are_no_death() {
 }
 
 #[test]
+#[allow(clippy::disallowed_methods, reason = "the seed of a test may be given")]
 fn whatever_fails_nothing_runs_twice_and_in_the_end_all_are_members() {
     let seeds = std::env::var("POLLUX_SEEDS").map_or(150, |n| n.parse().unwrap());
     let first = std::env::var("POLLUX_SEED").map_or(1, |n| n.parse().unwrap());
