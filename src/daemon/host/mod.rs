@@ -87,7 +87,7 @@ impl Host {
             tracing::info!("a change of this host's key goes on: the next is {next}");
         }
         let keys = KeyChange::new(identity.fingerprint(), next);
-        let claims = Claims::start(registry::open(&config)?)?;
+        let claims = Claims::start(registry::open(&config, &runtime)?)?;
         let store = Store::open(&config.state_dir)?;
         let routes = Routes::default();
         let env = Arc::new(Env {
