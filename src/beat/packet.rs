@@ -8,7 +8,7 @@
 //! | 0 | 4 | magic | `PLXP` | `PLXS` |
 //! | 4 | 1 | version, 1 | | |
 //! | 5 | 1 | path | number of the network | number of the disk |
-//! | 6 | 2 | length n of the payload, at most 3,800 | | |
+//! | 6 | 2 | length n of the payload, at most 3,744 | | |
 //! | 8 | 16 | pool | | |
 //! | 24 | 4 | number of the key it is sealed with | | |
 //! | 28 | 4 | highest number of a key its sender holds | | |
@@ -24,24 +24,26 @@
 //! Versions:
 //! - 1: first.
 
-use crate::pool::{HOST_NAME_BYTES_MAX, HostName};
+use crate::ha::report::{self, REPORT_BYTES_MAX};
+/// 0 stands for "not known" on the wire.
+pub use crate::pool::Incarnation;
+use crate::pool::{HOST_NAME_BYTES_MAX, HostName, POOL_HOSTS_MAX};
+use crate::registry::statefile::BEAT_BYTES_MAX;
 use std::fmt;
 
-/// Longest payload, in bytes: sealed, it fits a block of 4 KiB on storage and leaves the
-/// storage's own frame 72 bytes.
-pub const PAYLOAD_BYTES_MAX: usize = 3_800;
+/// Longest payload, in bytes: a report. Sealed, it fits a host's block of the statefile.
+pub const PAYLOAD_BYTES_MAX: usize = REPORT_BYTES_MAX;
 /// Bytes before the payload.
 pub const HEADER_BYTES: usize = 192;
 /// Bytes of the MAC (RFC 4231).
 pub const MAC_BYTES: usize = 32;
 /// Longest sealed packet, in bytes.
 pub const PACKET_BYTES_MAX: usize = HEADER_BYTES + PAYLOAD_BYTES_MAX + MAC_BYTES;
-const _: () = assert!(PACKET_BYTES_MAX + 72 == 4096);
-/// Most networks that carry heartbeats: storage, guests, management, a private cable, and as
-/// many again.
-pub const NETWORKS_MAX: usize = 8;
+const _: () = assert!(PACKET_BYTES_MAX <= BEAT_BYTES_MAX);
+/// Most networks that carry heartbeats: storage, guests, management, a private cable.
+pub const NETWORKS_MAX: usize = report::NETWORKS_MAX as usize;
 /// Most hosts of a pool.
-pub const HOSTS_MAX: usize = 64;
+pub const HOSTS_MAX: usize = POOL_HOSTS_MAX;
 
 const VERSION: u8 = 1;
 const NAME_FIELD_BYTES: usize = 64;
@@ -75,10 +77,6 @@ impl fmt::Display for KeyNumber {
         self.0.fmt(f)
     }
 }
-
-/// One life of a host's daemon; a later one is higher. 0 stands for "not known" on the wire.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Incarnation(pub u64);
 
 /// Number of a sending, rising within an incarnation; the same on every path. 0: none yet.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

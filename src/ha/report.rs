@@ -22,8 +22,9 @@ use std::collections::BTreeMap;
 
 /// Layout version that is written.
 pub const REPORT_VERSION: u8 = 1;
-/// Most bytes of a report: it fits a 4 KiB block of the statefile with its frame.
-pub const REPORT_BYTES_MAX: usize = 3800;
+/// Most bytes of a report: sealed (`beat::PACKET_BYTES_MAX`), it fits a host's block of the
+/// statefile.
+pub const REPORT_BYTES_MAX: usize = 3744;
 /// Most networks of a pool.
 pub const NETWORKS_MAX: u8 = 4;
 /// Most storage paths: three disks of a statefile, or etcd.
