@@ -1,5 +1,7 @@
 //! A mirrored pair on each kind of registry: the takeover after the loss of a host.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::{Bed, Guest, host};
