@@ -152,7 +152,9 @@ proptest! {
 }
 
 /// A writer raises a counter in every block, epochs are cut and committed meanwhile, readers never
-/// see a block mixed or going back.
+/// see a block going back, nor anything but its value while no write of it is under way. Beside
+/// a write the kernel's page cache may hand out parts of the old and of the new, as it does to
+/// QEMU with a raw file.
 #[test]
 fn readers_beside_cuts_and_commits_never_see_a_mix_or_an_older_block() {
     const BLOCKS: u64 = 16;
@@ -162,11 +164,13 @@ fn readers_beside_cuts_and_commits_never_see_a_mix_or_an_older_block() {
     let disk = &test.disk;
     // Highest value acknowledged, a block.
     let acknowledged: Vec<AtomicU64> = (0..BLOCKS).map(|_| AtomicU64::new(0)).collect();
+    // Highest value of which a write has begun, a block.
+    let begun: Vec<AtomicU64> = (0..BLOCKS).map(|_| AtomicU64::new(0)).collect();
     let done = AtomicBool::new(false);
     let block = |value: u64| value.to_le_bytes().repeat(512);
     std::thread::scope(|scope| {
         for reader in 0..2 {
-            let (acknowledged, done) = (&acknowledged, &done);
+            let (acknowledged, begun, done) = (&acknowledged, &begun, &done);
             scope.spawn(move || {
                 let mut at = reader;
                 while !done.load(SeqCst) {
@@ -174,26 +178,27 @@ fn readers_beside_cuts_and_commits_never_see_a_mix_or_an_older_block() {
                     let index = usize::try_from(at).expect("small");
                     let floor = acknowledged[index].load(SeqCst);
                     let read = get(disk, at * BLOCK, 4096);
-                    let first = u64::from_le_bytes(read[..8].try_into().expect("8"));
-                    assert!(
-                        read.chunks(8).all(|v| v == first.to_le_bytes()),
-                        "mixed block {at}"
-                    );
-                    assert!(
-                        first >= floor,
-                        "block {at}: {first} after {floor} was acknowledged"
-                    );
+                    let top = begun[index].load(SeqCst);
+                    for chunk in read.chunks(8) {
+                        let value = u64::from_le_bytes(chunk.try_into().expect("8"));
+                        assert!(
+                            (floor..=top).contains(&value),
+                            "block {at}: {value} after {floor} was acknowledged, before {top} ended"
+                        );
+                    }
                 }
             });
         }
         for round in 1..=ROUNDS {
             let at = round * 5 % BLOCKS;
+            let index = usize::try_from(at).expect("small");
             let write = DiskWrite {
                 offset: at * BLOCK,
                 data: WriteData::Data(block(round).into()),
             };
+            begun[index].store(round, SeqCst);
             put(disk, write);
-            acknowledged[usize::try_from(at).expect("small")].store(round, SeqCst);
+            acknowledged[index].store(round, SeqCst);
             if round % 8 == 0 && round < ROUNDS / 2 {
                 let epoch = disk.cut(Epoch(round + 1)).expect("a cut").epoch;
                 if round % 24 == 0 {
