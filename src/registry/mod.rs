@@ -61,7 +61,9 @@ pub enum RegistryError {
         /// What failed and what to do about it.
         why: String,
     },
-    /// The write may have happened, or may yet happen: read to find out.
+    /// The write may have happened, or may yet happen: read to find out. Only the caller's own
+    /// next read settles it; one of another host may still show the value before. What rules
+    /// the write out for all is the key at a later version.
     #[error(
         "registry {place}: it is not known whether {what} happened: {why}; read the key to find out"
     )]
