@@ -5,6 +5,7 @@
 
 pub mod client;
 pub mod links;
+pub mod pool;
 pub mod types;
 
 /// Where a daemon listens unless its configuration says otherwise.

@@ -1,20 +1,23 @@
 //! `pollux lab …`
 
 use super::print_json;
-use crate::lab::daemons::lab_up;
+use crate::ha::timing::Timing;
+use crate::lab::daemons::{daemon_spec, up_linked};
+use crate::lab::pool::PoolLab;
 use crate::lab::{KeepPolicy, Lab, Place};
 use crate::pool::HostName;
 use anyhow::bail;
 use clap::Subcommand;
 use std::ffi::OsString;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Name of a lab unless told otherwise.
 const DEFAULT_LAB: &str = "lab";
 
 #[derive(Subcommand)]
 pub(super) enum LabCommand {
-    /// Make hosts, start their daemons, link them in pairs.
+    /// Make hosts, start their daemons, link them in pairs, make them a pool.
     Up {
         /// Name of the lab; several may stand side by side.
         #[arg(long, default_value = DEFAULT_LAB)]
@@ -25,6 +28,15 @@ pub(super) enum LabCommand {
         /// Private links between each two hosts.
         #[arg(long, default_value_t = 1)]
         links: u8,
+        /// Disks of the statefile: 1 or 3.
+        #[arg(long, default_value_t = 1)]
+        statefile_disks: u8,
+        /// The hosts are no pool: no heartbeats but those of mirrored pairs, no watchdogs.
+        #[arg(long)]
+        no_pool: bool,
+        /// The hosts of the pool cannot be switched off: a death is proved by the watchdog.
+        #[arg(long)]
+        no_fencing: bool,
     },
     /// End a lab: all its processes, namespaces and files.
     Down {
@@ -56,8 +68,21 @@ pub(super) enum LabCommand {
 
 pub(super) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
     match command {
-        LabCommand::Up { name, hosts, links } => {
-            let lab = lab_up(&name, hosts, links, KeepPolicy::Detached)?;
+        LabCommand::Up {
+            name,
+            hosts,
+            links,
+            statefile_disks,
+            no_pool,
+            no_fencing,
+        } => {
+            let mut spec = daemon_spec(&name, hosts, links, KeepPolicy::Detached)?;
+            spec.statefile_disks = statefile_disks;
+            spec.pool = (!no_pool).then(|| PoolLab {
+                watchdog: Some(Duration::from_millis(Timing::DEFAULT.watchdog.0)),
+                fencing: !no_fencing,
+            });
+            let lab = up_linked(spec)?;
             if json {
                 print_json(&lab.status()?)?;
             } else {

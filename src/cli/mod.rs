@@ -71,6 +71,8 @@ enum Command {
     /// The pool this host belongs to.
     #[command(subcommand)]
     Pool(pool::PoolCommand),
+    /// Say why the pool decided what it decided about a host or a VM.
+    Why(pool::Why),
     /// Hosts on this one machine, in namespaces, for trying and drilling.
     #[command(subcommand)]
     Lab(lab::LabCommand),
@@ -156,7 +158,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Vm(command) => vm::run(command, &client, json)?,
         Command::Link(command) => return link::run(command, &client, json),
         Command::Statefile(command) => return statefile::run(command, json),
-        Command::Pool(command) => return pool::run(command, json),
+        Command::Pool(command) => return pool::run(command, &client, json),
+        Command::Why(why) => return why.run(&client, json),
         Command::Lab(command) => return lab::run(command, json),
         Command::Drill(command) => return drill::run(command, json),
         Command::Fence(command) => return fence::run(command, json),

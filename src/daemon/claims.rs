@@ -12,6 +12,10 @@ const QUEUE_MAX: usize = 1024;
 /// Called on the registry thread with the outcome; must not block.
 pub type Reply = Box<dyn FnOnce(ClaimOutcome) + Send>;
 
+/// Done on the registry thread, with the registry, or with why there is none to be had; must
+/// not block but for the registry.
+pub type Work = Box<dyn FnOnce(Result<&mut dyn Registry, String>) + Send>;
+
 enum Op {
     Read {
         vm: VmId,
@@ -23,6 +27,7 @@ enum Op {
         value: VmRecord,
         reply: Reply,
     },
+    Work(Work),
 }
 
 /// The way to the registry thread. Cheap to clone.
@@ -71,6 +76,11 @@ impl Claims {
         wait(|reply| self.claim(vm, expected, value, reply))
     }
 
+    /// Do something else with the registry.
+    pub fn work(&self, work: impl FnOnce(Result<&mut dyn Registry, String>) + Send + 'static) {
+        self.put(Op::Work(Box::new(work)));
+    }
+
     fn put(&self, op: Op) {
         let (op, reason) = match self.ops.try_send(op) {
             Ok(()) => return,
@@ -80,8 +90,12 @@ impl Claims {
             ),
             Err(TrySendError::Disconnected(op)) => (op, "the registry thread has ended".into()),
         };
-        let (Op::Read { reply, .. } | Op::Claim { reply, .. }) = op;
-        reply(ClaimOutcome::Unreachable { reason });
+        match op {
+            Op::Read { reply, .. } | Op::Claim { reply, .. } => {
+                reply(ClaimOutcome::Unreachable { reason });
+            }
+            Op::Work(work) => work(Err(reason)),
+        }
     }
 }
 
@@ -102,6 +116,7 @@ fn serve(mut registry: Box<dyn Registry>, inbox: &Receiver<Op>) {
                 Ok(found) => found_record(found),
                 Err(e) => unreachable_because(&e),
             }),
+            Op::Work(work) => work(Ok(registry.as_mut())),
             Op::Claim {
                 vm,
                 expected,

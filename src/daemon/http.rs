@@ -8,6 +8,7 @@ use crate::api::BODY_BYTES_MAX;
 use crate::api::links::{
     ConfirmMeeting, MeetRequest, MeetingStatus, PairStatus, RotationStatus, TestRequest, TestStatus,
 };
+use crate::api::pool::PoolStatus;
 use crate::api::types::{
     ApiError, CreateVm, Done, HostInfo, HostStatus, LinkConfig, Protect, Start, VmStatus,
 };
@@ -75,6 +76,7 @@ pub fn router(host: Arc<Host>) -> Router {
     Router::new()
         .route("/v1/host", get(host_info))
         .route("/v1/status", get(status))
+        .route("/v1/pool", get(pool))
         .route("/v1/links", get(links).post(link_create))
         .route("/v1/links/{partner}", axum::routing::delete(link_remove))
         .route("/v1/links/{partner}/status", get(link_status))
@@ -132,6 +134,10 @@ async fn blocking<T: Send + 'static>(
 
 async fn host_info(State(host): State<Arc<Host>>) -> Json<HostInfo> {
     Json(host.info())
+}
+
+async fn pool(State(host): State<Arc<Host>>) -> Answer<PoolStatus> {
+    Ok(Json(host.pool_status()?))
 }
 
 async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {

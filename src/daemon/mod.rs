@@ -9,6 +9,7 @@ mod clock;
 pub mod config;
 pub mod control;
 mod figures;
+mod ha;
 mod host;
 mod http;
 mod keys;

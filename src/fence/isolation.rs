@@ -9,25 +9,12 @@
 //! start a second one, and the host may yet come back before its watchdog fires.
 
 use crate::pool::VmId;
-use serde::{Deserialize, Serialize};
+pub use crate::pool::spec::IsolationResponse;
 use std::time::Duration;
 
 /// A guest that has less than this to shut down is stopped at once: no guest's shutdown
 /// is done sooner, and one cut in half is worse than a power loss.
 pub const SHUTDOWN_MIN: Duration = Duration::from_secs(2);
-
-/// What happens to a VM on an isolated host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "lowercase")]
-pub enum IsolationResponse {
-    /// Stop it at once, as if its power went.
-    #[default]
-    Stop,
-    /// Ask the guest to shut down; stop it at half of the time.
-    Shutdown,
-    /// Let it run; only for a VM that can run nowhere else.
-    Leave,
-}
 
 /// A VM of the isolated host.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -116,6 +116,11 @@ pub enum Input {
     },
     /// All VMs of this host are stopped, and no process of any is left.
     Stopped,
+    /// This host is to leave the pool, in order.
+    Leave {
+        /// Why.
+        why: String,
+    },
 }
 
 /// What is to be done.
@@ -254,6 +259,18 @@ impl Machine {
         self.state.as_ref()
     }
 
+    /// The newest report of another host, however old.
+    #[must_use]
+    pub fn report_of(&self, host: HostId) -> Option<&Report> {
+        self.contacts.get(host).map(|contact| &contact.report)
+    }
+
+    /// Age of the newest successful read of the registry, from its begin.
+    #[must_use]
+    pub fn read_age(&self, now: Millis) -> Option<Millis> {
+        self.read_at.map(|at| now.since(at))
+    }
+
     /// How each path to each other host stands, with the age of what came last.
     #[must_use]
     pub fn paths(&self, now: Millis) -> BTreeMap<HostId, Vec<(Path, PathVerdict, Millis)>> {
@@ -292,6 +309,11 @@ impl Machine {
             Input::Stopped => {
                 if let Phase::Stopping { why } = &self.phase {
                     self.phase = Phase::Stopped { why: why.clone() };
+                }
+            }
+            Input::Leave { why } => {
+                if matches!(self.phase, Phase::Joining | Phase::Member) {
+                    self.stop(why, &mut actions);
                 }
             }
         }

@@ -23,6 +23,7 @@ pub mod liveset;
 pub mod machine;
 
 pub mod report;
+pub mod restart;
 pub mod state;
 pub mod time;
 pub mod timing;

@@ -60,8 +60,13 @@ pub fn host_config(name: &HostName, net: &HostNet) -> String {
             net.index
         )
     };
+    let pool = net
+        .pool
+        .as_ref()
+        .map(|pool| pool.to_toml(net.gateway))
+        .unwrap_or_default();
     format!(
-        "name = \"{name}\"\nstate_dir = {}\nrun_dir = {}\nram_dir = {}\napi_socket = {}\n\n[registry]\n{registry}\n",
+        "name = \"{name}\"\nstate_dir = {}\nrun_dir = {}\nram_dir = {}\napi_socket = {}\n\n[registry]\n{registry}\n{pool}",
         path(&net.state_dir),
         path(&net.run_dir),
         path(&net.run_dir.join("ram")),

@@ -25,6 +25,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(45);
 /// Of a host's value slots in the statefile: the records of some hundred VMs, and little to
 /// write when a lab is made.
 const STATEFILE_SLOT_BYTES: u64 = 64 << 10;
+/// The same with the pool's state, its decisions and restarts, and the specs of VMs.
+const POOL_SLOT_BYTES: u64 = 512 << 10;
 /// After this a keeper that was told to end is killed.
 const DOWN_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -54,6 +56,7 @@ impl Lab {
         net::find_ip()?;
         let lock = dir::claim(&plan)?;
         format_statefile(&plan)?;
+        super::pool::prepare(&plan, &spec.program)?;
         for host in &plan.hosts {
             let text = (spec.host_config)(&host.name, host);
             fs::write(&host.config_file, text).map_err(LabError::io(format!(
@@ -499,7 +502,11 @@ fn format_statefile(plan: &LabPlan) -> Result<(), LabError> {
     let geometry = Geometry {
         disks: number(disks.len()),
         slots: number(plan.hosts.len()),
-        slot_bytes: STATEFILE_SLOT_BYTES,
+        slot_bytes: if plan.hosts.iter().any(|host| host.pool.is_some()) {
+            POOL_SLOT_BYTES
+        } else {
+            STATEFILE_SLOT_BYTES
+        },
     };
     statefile::format(disks, geometry, uuid::Uuid::new_v4(), false).map_err(LabError::Statefile)
 }

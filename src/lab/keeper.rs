@@ -31,7 +31,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A user of the lab has this long to state its request or take the answer.
 const USER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -52,6 +52,8 @@ pub(super) struct Keeper<'a> {
     pub(super) cut: Vec<(Port, Wiring)>,
     /// Ports that carry no more than this many bytes a second, likewise.
     pub(super) shaped: Vec<(Port, u64)>,
+    /// Hosts that were reset by their watchdogs, and when they have power again.
+    boots: Vec<(usize, Instant)>,
     own_pidfd: OwnedFd,
     pub(super) own_pid_namespace: File,
 }
@@ -106,6 +108,7 @@ pub(super) fn keep(
         hosts: plan.hosts.iter().map(|_| None).collect(),
         cut: Vec::new(),
         shaped: Vec::new(),
+        boots: Vec::new(),
         own_pidfd: pidfd_open(nix::unistd::getpid()).map_err(step("opening the keeper's pidfd"))?,
         own_pid_namespace: File::open("/proc/self/ns/pid")
             .map_err(step("opening the lab's pid namespace"))?,
@@ -130,7 +133,7 @@ pub(super) fn keep(
         if !detached {
             waiting.push(PollFd::new(life.as_fd(), PollFlags::POLLIN));
         }
-        match poll(&mut waiting, PollTimeout::NONE) {
+        match poll(&mut waiting, keeper.next_boot()) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(e) => return Err(("waiting".into(), e.to_string())),
         }
@@ -141,6 +144,7 @@ pub(super) fn keep(
             told_to_end |= info.ssi_signo != Signal::SIGCHLD as u32;
         }
         keeper.reap();
+        keeper.boot();
         if creator_gone || told_to_end {
             keeper.cut_all();
             if !plan.keep_files
@@ -219,6 +223,8 @@ impl Keeper<'_> {
             Request::Status => Ok(Reply::Status(self.status())),
             Request::PowerCut(host) => {
                 let index = self.index(host)?;
+                // Who cuts the power of a host that boots keeps it off.
+                self.boots.retain(|(booting, _)| *booting != index);
                 if self.hosts[index].is_none() {
                     return Err(refused(host, HostPower::Off, "power it on first"));
                 }
@@ -226,6 +232,7 @@ impl Keeper<'_> {
             }
             Request::PowerOn(host) => {
                 let index = self.index(host)?;
+                self.boots.retain(|(booting, _)| *booting != index);
                 if let Some(running) = &self.hosts[index] {
                     return Err(refused(host, running.power(), "cut its power first"));
                 }
@@ -446,6 +453,34 @@ impl Keeper<'_> {
         }
     }
 
+    /// How long to wait for the next host that boots.
+    fn next_boot(&self) -> PollTimeout {
+        let next = self.boots.iter().map(|(_, at)| *at).min();
+        next.map_or(PollTimeout::NONE, |at| {
+            // Rounded up, so that the last millisecond is not spun through.
+            let wait =
+                at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
+        })
+    }
+
+    /// Give power to the hosts whose time has come.
+    fn boot(&mut self) {
+        let now = Instant::now();
+        let due: Vec<usize> = self
+            .boots
+            .extract_if(.., |(_, at)| *at <= now)
+            .map(|(index, _)| index)
+            .collect();
+        for index in due {
+            if self.hosts[index].is_none()
+                && let Err((step, message)) = self.power_on(index)
+            {
+                eprintln!("keeper: {step}: {message}");
+            }
+        }
+    }
+
     /// Collect dead children: inits that died by themselves, orphans of `exec`.
     fn reap(&mut self) {
         loop {
@@ -458,6 +493,10 @@ impl Keeper<'_> {
                 if slot.as_ref().is_some_and(|r| r.init == pid) {
                     *slot = None;
                     eprintln!("keeper: the init of host `{}` died", host.name);
+                    if host.pool.as_ref().is_some_and(|pool| pool.watchdog.is_some()) {
+                        self.boots
+                            .push((host.index, Instant::now() + super::pool::BOOT_TIME));
+                    }
                     let _ = net::ip_batch(&self.ip, &net::unwire_script(self.plan, host), true);
                 }
             }

@@ -30,6 +30,7 @@ mod init;
 mod keeper;
 mod launch;
 mod net;
+pub mod pool;
 mod power;
 mod spec;
 mod wire;
@@ -53,6 +54,8 @@ use std::ffi::OsString;
 pub const KEEPER_COMMAND: &str = "lab-keeper";
 /// Hidden subcommand that runs a program inside a place of a lab.
 pub const EXEC_COMMAND: &str = "lab-exec";
+/// Hidden subcommand that is the lab's fence agent.
+pub const FENCE_COMMAND: &str = "lab-fence";
 
 /// Runs a hidden subcommand of the lab if `args` (without the program's name) names
 /// one, and gives its exit status. Call it first thing in `main`, while the process
@@ -62,6 +65,7 @@ pub fn hidden_main(args: &[OsString]) -> Option<i32> {
     match args.first()?.to_str()? {
         KEEPER_COMMAND => Some(keeper_main(&args[1..])),
         EXEC_COMMAND => Some(exec_main(&args[1..])),
+        FENCE_COMMAND => Some(pool::fence_main(&args[1..])),
         _ => None,
     }
 }

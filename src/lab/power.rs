@@ -93,6 +93,7 @@ impl Keeper<'_> {
                 net::shape_port(&port, Some(*rate)).map_err(|e| plugging()(io::Error::other(e)))?;
             }
         }
+        super::pool::start_watchdog(host, init)?;
         match ask(&running.channel, &InitRequest::Wired, INIT_TIMEOUT).map_err(step(what()))? {
             InitReply::Done { at_ns } => Ok(at_ns),
             InitReply::Failed { step, message } => {

@@ -10,6 +10,7 @@
 //!  a: ic1 10.78.1.101 ------- private link 1 ------- b: ic1 10.78.1.102
 //! ```
 
+use super::pool::{PoolLab, PoolNet};
 use super::{LabError, MonotonicNs};
 use crate::pool::HostName;
 use serde::{Deserialize, Serialize};
@@ -78,6 +79,8 @@ pub struct LabSpec {
     /// Disks of the statefile in the shared folder, formatted before the hosts get power: 1
     /// or 3, or 0 for none. Default 0.
     pub statefile_disks: u8,
+    /// The hosts are one pool, with heartbeats, watchdogs and fencing. Default: they are not.
+    pub pool: Option<PoolLab>,
 }
 
 impl LabSpec {
@@ -109,6 +112,7 @@ impl LabSpec {
             program,
             host_config,
             statefile_disks: 0,
+            pool: None,
         })
     }
 
@@ -153,7 +157,10 @@ impl LabSpec {
                 self.dir.display()
             )));
         }
-        let hosts: Vec<HostNet> = (0..self.hosts.len()).map(|i| self.host_net(i)).collect();
+        let mut hosts: Vec<HostNet> = (0..self.hosts.len()).map(|i| self.host_net(i)).collect();
+        if let Some(pool) = self.pool {
+            super::pool::plan(pool, &self.dir, &mut hosts);
+        }
         for host in &hosts {
             let bytes = host.api_socket.as_os_str().len();
             if bytes > SOCKET_PATH_BYTES_MAX {
@@ -213,6 +220,7 @@ impl LabSpec {
                 .map(|disk| self.dir.join(format!("shared/statefile{disk}")))
                 .collect(),
             dir,
+            pool: None,
         }
     }
 }
@@ -306,6 +314,9 @@ pub struct HostNet {
     pub shared_dir: PathBuf,
     /// The disks of the statefile in it; the host's slot is its index.
     pub statefile: Vec<PathBuf>,
+    /// The pool it belongs to.
+    #[serde(default)]
+    pub pool: Option<PoolNet>,
 }
 
 /// A host of the lab, or the clients' side.

@@ -1,7 +1,9 @@
 //! The host's configuration file: one TOML file, read once at start.
 
+mod pool;
 mod registry;
 
+pub use pool::{Address, PoolConfig, PoolHost, PoolTiming};
 pub use registry::RegistryConfig;
 
 use crate::mirror::{Micros, Timing};
@@ -35,6 +37,9 @@ pub struct HostConfig {
     /// The registry; see [`HostConfig::registry`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     registry: Option<RegistryConfig>,
+    /// The pool this host belongs to; without it the host is alone with its partners.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<PoolConfig>,
     /// The QEMU binary: a path, or a name looked up in PATH.
     #[serde(default = "default_qemu")]
     pub qemu: String,
@@ -115,6 +120,14 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
+    /// A pool that does not hold together.
+    #[error("{path}: [pool]: {what}")]
+    Pool {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        what: String,
+    },
     /// A value that cannot work.
     #[error("{path}: {key} = {value}: {reason}")]
     Value {
@@ -157,6 +170,14 @@ impl HostConfig {
         let dir = config.registry_dir.take();
         let mut registry = RegistryConfig::choose(path, dir, config.registry.take())?;
         registry.anchor(&folder);
+        if let Some(pool) = &mut config.pool {
+            pool.anchor(&folder);
+            let slot = match &registry {
+                RegistryConfig::Statefile { slot, .. } => Some(*slot),
+                _ => None,
+            };
+            pool.check(path, &config.name, slot)?;
+        }
         config.registry = Some(registry);
         config.check(path)?;
         Ok(config)
@@ -227,7 +248,7 @@ impl HostConfig {
 }
 
 /// The keys a host configuration may have, for the nearest-key hint.
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 13] = [
     "name",
     "state_dir",
     "run_dir",
@@ -235,6 +256,7 @@ const KEYS: [&str; 12] = [
     "api_socket",
     "registry_dir",
     "registry",
+    "pool",
     "qemu",
     "qemu_uid",
     "qemu_gid",
@@ -255,6 +277,7 @@ fn explain_toml(text: &str, error: &toml::de::Error) -> String {
         .and_then(|key| {
             KEYS.iter()
                 .chain(RegistryConfig::KEYS.iter())
+                .chain(PoolConfig::KEYS.iter())
                 .min_by_key(|k| strsim::damerau_levenshtein(k, key))
         });
     match hint {

@@ -3,12 +3,14 @@
 mod keys;
 mod links;
 mod meetings;
+mod pool;
 mod standbys;
 mod vms;
 
 use super::claims::Claims;
 use super::clock::now_ns;
 use super::config::HostConfig;
+use super::ha::{Gate, Membership};
 use super::keys::KeyChange;
 use super::linktest::LinkTest;
 use super::partner::Partner;
@@ -24,7 +26,7 @@ use interconnect::identity::{Identity, IdentityDir};
 use meetings::Meeting;
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// A VM known to this host.
 struct VmEntry {
@@ -52,6 +54,10 @@ pub struct Host {
     cannot_mirror: Option<String>,
     vms: Mutex<BTreeMap<VmId, VmEntry>>,
     partners: Mutex<BTreeMap<HostName, Arc<Partner>>>,
+    /// Whether VMs may be started here.
+    gate: Gate,
+    /// Of its pool, if it is to be of one.
+    membership: OnceLock<Membership>,
 }
 
 fn refused(error: impl std::fmt::Display) -> ApiError {
@@ -114,9 +120,21 @@ impl Host {
             cannot_mirror,
             vms: Mutex::default(),
             partners: Mutex::default(),
+            gate: Gate::open(),
+            membership: OnceLock::new(),
         });
         for spec in host.store.specs()? {
             host.know(Arc::new(spec));
+        }
+        if let Some(pool) = &host.env.config.pool {
+            let membership = Membership::start(
+                &host.env.config,
+                pool,
+                host.env.claims.clone(),
+                host.gate.clone(),
+                Arc::downgrade(&host),
+            )?;
+            let _ = host.membership.set(membership);
         }
         for link in host.store.links()? {
             if let Err(e) = host.connect(link) {

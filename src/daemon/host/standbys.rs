@@ -81,6 +81,7 @@ impl Host {
             return Err("not a request for a standby".into());
         };
         let me = &self.env.config.name;
+        let _permit = self.gate.permit()?;
         if let Some(reason) = &self.cannot_mirror {
             return Err(format!("host {me} cannot mirror: {reason}"));
         }

@@ -3,8 +3,9 @@
 use super::{Host, VmEntry, lock, refused};
 use crate::api::types::{ApiError, Done, Role, VmStatus};
 use crate::daemon::worker::{self, Begin, Shared, VmCommand, WorkerConfig, WorkerEvent};
+use crate::daemon::ha::{put, spec_key};
 use crate::mirror::{ClaimOutcome, VmRecord};
-use crate::pool::HostName;
+use crate::pool::{HostName, VmId};
 use crate::pool::spec::{Boot, Protection, VmSpec};
 use crate::registry::Versioned;
 use crate::vm::argv::Accel;
@@ -37,6 +38,10 @@ impl Host {
     /// The daemon is told to end: mirrored VMs go on at their standbys, all others are
     /// powered off. Returns when no VM is left here.
     pub fn put_away(&self) {
+        if let Some(membership) = self.membership.get() {
+            membership.leave();
+        }
+        self.gate.close("this host's daemon was told to end");
         self.env.routes.send_all(|| WorkerEvent::DaemonEnds);
         let begun = Instant::now();
         while !self.env.routes.is_empty() && begun.elapsed() < END_DEADLINE {
@@ -96,6 +101,9 @@ impl Host {
                 )));
             }
         }
+        if spec.protection == Protection::Restart {
+            self.publish_spec(&spec)?;
+        }
         self.store.put_spec(&spec).map_err(refused)?;
         self.know(Arc::new(spec));
         Ok(Done {
@@ -115,6 +123,10 @@ impl Host {
                 "VM `{name}` is {role:?} here; stop it first with `pollux vm stop {name}`"
             )));
         }
+        if spec.protection == Protection::Restart && self.membership.get().is_some() {
+            // Empty: no host starts it again.
+            self.put_in_registry(&spec_key(spec.uuid), Vec::new())?;
+        }
         self.store.delete_spec(&spec).map_err(refused)?;
         lock(&self.vms).remove(&spec.uuid);
         Ok(Done {
@@ -133,6 +145,21 @@ impl Host {
                 "VM `{name}` is here already; see `pollux vm show {name}`"
             )));
         }
+        let _permit = self
+            .gate
+            .permit()
+            .map_err(|why| refused(format!("VM `{name}` cannot be started here: {why}")))?;
+        self.start_worker(spec, shared, |spec| self.claim_start(spec, force))
+    }
+
+    /// Start a VM that this host may start: `claim` wins the right to.
+    fn start_worker(
+        &self,
+        spec: Arc<VmSpec>,
+        shared: Arc<Shared>,
+        claim: impl FnOnce(&VmSpec) -> Result<Versioned<VmRecord>, ApiError>,
+    ) -> Result<Done, ApiError> {
+        let name = &spec.name;
         let partner = (spec.protection == Protection::Mirrored)
             .then(|| self.partner_for(&spec).ok())
             .flatten();
@@ -140,7 +167,7 @@ impl Host {
         let machine = probe::common_machine(&spec, machines, machines).map_err(refused)?;
         let accel = self.choose_accel(&spec, &shared)?;
         // Last: from here on the registry says that it runs here.
-        let record = self.claim_start(&spec, force)?;
+        let record = claim(&spec)?;
         let generation = record.value.generation;
         let config = WorkerConfig {
             spec: Arc::clone(&spec),
@@ -169,6 +196,67 @@ impl Host {
                 START_DEADLINE.as_secs()
             ))),
         }
+    }
+
+    /// Start a VM of a dead host, or an own one that ended, if its record is still the one that
+    /// was looked at.
+    pub(in crate::daemon) fn vm_restart(
+        &self,
+        spec: VmSpec,
+        record: Versioned<VmRecord>,
+        cause: &str,
+    ) -> Result<(), String> {
+        let _permit = self.gate.permit()?;
+        self.store.put_spec(&spec).map_err(|e| e.to_string())?;
+        let spec = Arc::new(spec);
+        let shared = self.know(Arc::clone(&spec));
+        shared.event(format!("started again: {cause}"));
+        let me = self.env.config.name.clone();
+        let claim = |spec: &VmSpec| {
+            let value = VmRecord::started(me, Some(&record.value));
+            match self
+                .env
+                .claims
+                .claim_blocking(spec.uuid, Some(record.version), value)
+            {
+                ClaimOutcome::Won(record) => Ok(record),
+                ClaimOutcome::Lost(now) => {
+                    let by = now.map_or("somebody".into(), |now| now.value.owner.to_string());
+                    Err(refused(format!("{by} has claimed it meanwhile")))
+                }
+                ClaimOutcome::Unreachable { reason } => Err(refused(reason)),
+            }
+        };
+        self.start_worker(spec, shared, claim)
+            .map(drop)
+            .map_err(|e| e.error)
+    }
+
+    /// Whether something of a VM runs here.
+    pub(in crate::daemon) fn has_worker(&self, vm: VmId) -> bool {
+        self.env.routes.names().contains(&vm)
+    }
+
+    /// Put the spec where every host of the pool finds it.
+    fn publish_spec(&self, spec: &VmSpec) -> Result<(), ApiError> {
+        if self.membership.get().is_none() {
+            return Err(refused(format!(
+                "VM `{}` is to be restarted on other hosts, but host {} belongs to no pool: add a table [pool] to its configuration (docs/guide.md)",
+                spec.name, self.env.config.name
+            )));
+        }
+        self.put_in_registry(&spec_key(spec.uuid), spec.to_toml().into_bytes())
+    }
+
+    fn put_in_registry(&self, key: &str, value: Vec<u8>) -> Result<(), ApiError> {
+        let (tell, told) = sync_channel(1);
+        let key = key.to_owned();
+        self.env.claims.work(move |registry| {
+            let _ = tell.send(registry.and_then(|registry| put(registry, &key, &value)));
+        });
+        told.recv()
+            .unwrap_or_else(|_| Err("the registry thread has ended".into()))
+            .map_err(refused)
     }
 
     fn choose_accel(&self, spec: &VmSpec, shared: &Shared) -> Result<Accel, ApiError> {

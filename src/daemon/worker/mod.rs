@@ -151,6 +151,14 @@ pub enum WorkerEvent {
     Blocks(bytes::Bytes),
     /// The daemon is told to end.
     DaemonEnds,
+    /// This host may run nothing any more. The registry is not asked: the record goes on to say
+    /// that the VM is to run, for who may start it.
+    Isolate {
+        /// Why.
+        reason: String,
+        /// The guest is asked to shut down first; the same without this follows.
+        gently: bool,
+    },
     /// QEMU ended, and not by this daemon. A guest that powers itself off does not end
     /// QEMU, so this is never the guest's wish, whatever the exit status.
     QemuExit {
@@ -182,6 +190,12 @@ impl Routes {
         for inbox in self.lock().values() {
             let _ = inbox.send(event());
         }
+    }
+
+    /// The VMs that have a worker.
+    #[must_use]
+    pub fn names(&self) -> Vec<VmId> {
+        self.lock().keys().copied().collect()
     }
 
     /// Whether no worker is left.

@@ -4,7 +4,9 @@ use super::devices::{self, model_of};
 use super::error::Problem;
 use super::fields::{Reader, quoted};
 use super::read::SpecNote;
-use super::{AccelChoice, Boot, MachineFamily, Protection, Transport, VmSpec};
+use super::{
+    AccelChoice, Boot, DiskKind, IsolationResponse, MachineFamily, Protection, Transport, VmSpec,
+};
 use std::collections::HashMap;
 
 /// Properties of a device that tie it to a back end, and where that is written instead.
@@ -24,6 +26,7 @@ pub(super) fn check(spec: &VmSpec, r: &mut Reader<'_>, notes: &mut Vec<SpecNote>
     machine(spec, r);
     timer(spec, notes);
     names(spec, r);
+    protection(spec, r);
     for (i, device) in spec.devices.iter().enumerate() {
         one_device(spec, r, notes, &format!("devices[{i}]"), device);
     }
@@ -35,6 +38,39 @@ pub(super) fn check(spec: &VmSpec, r: &mut Reader<'_>, notes: &mut Vec<SpecNote>
             mirror.epoch_gap_min_ms, mirror.epoch_interval_max_ms
         );
         r.report("mirror.epoch_gap_min_ms", Problem::Conflict(why));
+    }
+}
+
+/// What a protection level asks of the disks and of the isolation response.
+fn protection(spec: &VmSpec, r: &mut Reader<'_>) {
+    for (i, disk) in spec.disks.iter().enumerate() {
+        let shared = disk.kind == DiskKind::Shared;
+        let why = match spec.protection {
+            Protection::Restart if !shared => format!(
+                "`protection = \"restart\"` needs disks that every host reaches: write \
+                 disk[{i}].kind = \"shared\" if this one is on such storage, or use \
+                 \"mirrored\" or \"none\""
+            ),
+            Protection::Mirrored if shared => format!(
+                "a mirrored VM's disks are kept on both hosts: write disk[{i}].kind = \
+                 \"replicated\", or use protection = \"restart\" (mirroring over shared disks is \
+                 not built yet)"
+            ),
+            _ if shared && disk.path.is_relative() => format!(
+                "a shared disk is at the same place on every host: write disk[{i}].path as an \
+                 absolute path"
+            ),
+            _ => continue,
+        };
+        r.report(&format!("disk[{i}].kind"), Problem::Conflict(why));
+    }
+    if spec.restart.isolation == IsolationResponse::Leave && spec.protection != Protection::None {
+        let why = format!(
+            "`restart.isolation = \"leave\"` is only for a VM that runs on no other host, and \
+             `protection = \"{}\"` lets it: use \"stop\" or \"shutdown\"",
+            spec.protection.as_str()
+        );
+        r.report("restart.isolation", Problem::Conflict(why));
     }
 }
 
@@ -165,7 +201,7 @@ fn one_device(
     if let Some(objection) = devices::objection(model) {
         match spec.protection {
             Protection::Mirrored => bad(objection),
-            Protection::None => notes.push(SpecNote(objection)),
+            Protection::None | Protection::Restart => notes.push(SpecNote(objection)),
         }
     }
 }

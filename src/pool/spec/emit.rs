@@ -62,6 +62,7 @@ pub(super) fn table(spec: &VmSpec) -> Table {
     put("disk", list(spec.disks.iter().map(disk)));
     put("nic", list(spec.nics.iter().map(nic)));
     put("mirror", Value::Table(mirror(spec)));
+    put("restart", Value::Table(restart(spec)));
     t
 }
 
@@ -72,14 +73,13 @@ fn disk(disk: &Disk) -> Value {
     t.insert("size".into(), text(disk.size));
     t.insert("format".into(), text("raw"));
     t.insert("bus".into(), text("virtio"));
-    let kind = match disk.kind {
-        DiskKind::Replicated => "replicated",
-    };
-    t.insert("kind".into(), text(kind));
-    let durability = match disk.durability {
-        Durability::Memory => "memory",
-    };
-    t.insert("durability".into(), text(durability));
+    t.insert("kind".into(), text(disk.kind.word()));
+    if disk.kind == DiskKind::Replicated {
+        let durability = match disk.durability {
+            Durability::Memory => "memory",
+        };
+        t.insert("durability".into(), text(durability));
+    }
     Value::Table(t)
 }
 
@@ -109,5 +109,20 @@ fn mirror(spec: &VmSpec) -> Table {
     t.insert("overload".into(), text(policy.overload.word()));
     t.insert("audit".into(), Value::Boolean(policy.audit));
     t.insert("overlay_max".into(), text(policy.overlay_max));
+    t
+}
+
+fn restart(spec: &VmSpec) -> Table {
+    let policy = &spec.restart;
+    let mut t = Table::new();
+    t.insert("priority".into(), text(policy.priority.word()));
+    for (key, value) in [
+        ("order", policy.order),
+        ("delay_s", policy.delay_s),
+        ("weight", policy.weight),
+    ] {
+        t.insert(key.into(), Value::Integer(value.into()));
+    }
+    t.insert("isolation".into(), text(policy.isolation.word()));
     t
 }

@@ -27,8 +27,9 @@ pub use error::{Problem, SpecError, SpecProblem};
 pub use machine::{Machine, MachineFamily, Transport, version_key};
 pub use read::{SPEC_TEXT_BYTES_MAX, SpecNote};
 pub use values::{
-    AccelChoice, BadValue, CpuModel, Disk, DiskKind, Durability, MacAddr, MemoryBytes,
-    MirrorPolicy, Nic, Overload, Protection, SizeBytes, VmName,
+    AccelChoice, BadValue, CpuModel, Disk, DiskKind, Durability, IsolationResponse, MacAddr,
+    MemoryBytes, MirrorPolicy, Nic, Overload, Protection, RestartPolicy, RestartPriority, SizeBytes,
+    VmName,
 };
 
 use super::VmId;
@@ -104,6 +105,8 @@ pub struct VmSpec {
     pub protection: Protection,
     /// How the VM is mirrored; has effect only under [`Protection::Mirrored`].
     pub mirror: MirrorPolicy,
+    /// What becomes of it when its host dies.
+    pub restart: RestartPolicy,
 }
 
 /// What a VM starts from.

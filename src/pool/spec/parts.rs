@@ -4,7 +4,10 @@ use super::fields::{Fields, Reader};
 use super::read::{SpecNote, image_path, label, needed, not_built, one_of};
 use super::tree::{Node, Value};
 use super::values::{BRIDGE_BYTES_MAX, DISK_MAX, DISK_STEP, LABEL_RULE, MIB, SizeBytes};
-use super::{BadValue, Disk, DiskKind, Durability, MacAddr, MirrorPolicy, Nic, Overload};
+use super::{
+    BadValue, Disk, DiskKind, Durability, IsolationResponse, MacAddr, MirrorPolicy, Nic, Overload,
+    RestartPolicy, RestartPriority,
+};
 use crate::pool::{HostName, VmId};
 use interconnect::codec::CodecChoice;
 
@@ -22,6 +25,7 @@ const DISK_KEYS: &[&str] = &[
     "durability",
     "bus",
 ];
+const RESTART_KEYS: &[&str] = &["priority", "order", "delay_s", "isolation", "weight"];
 const NIC_KEYS: &[&str] = &["name", "mac", "bridge"];
 const MIRROR_KEYS: &[&str] = &[
     "partner",
@@ -101,15 +105,14 @@ pub(super) fn disk(
     let bus = r
         .text(&f, "bus", |text| one_of(text, &[("virtio", ())]))
         .or(());
-    let shared = "use \"replicated\": each host keeps its own copy of the disk";
-    let kind = if not_built(r, &f, "kind", &[("shared", shared)]) {
-        None
-    } else {
-        r.text(&f, "kind", |text| {
-            one_of(text, &[("replicated", DiskKind::Replicated)])
+    let kind = r
+        .text(&f, "kind", |text| {
+            one_of(
+                text,
+                &[DiskKind::Replicated, DiskKind::Shared].map(|kind| (kind.word(), kind)),
+            )
         })
-        .or(DiskKind::Replicated)
-    };
+        .or(DiskKind::Replicated);
     let power_safe = "use \"memory\": the VM survives the loss of either host, but loss of power on \
                       both hosts at once can lose flushed writes";
     let durability = if not_built(r, &f, "durability", &[("disk", power_safe)]) {
@@ -119,6 +122,7 @@ pub(super) fn disk(
             one_of(text, &[("memory", Durability::Memory)])
         });
         if !field.present()
+            && kind == Some(DiskKind::Replicated)
             && let Some(name) = &name
         {
             notes.push(SpecNote(format!(
@@ -231,5 +235,40 @@ pub(super) fn mirror(r: &mut Reader<'_>, f: &Fields<'_>) -> Option<MirrorPolicy>
         audit: audit.or(default.audit)?,
         held_packets_max: packets.or(default.held_packets_max)?,
         overlay_max: overlay.or(default.overlay_max)?,
+    })
+}
+
+/// One table: `None` if something is wrong with it, which is reported.
+pub(super) fn restart(r: &mut Reader<'_>, f: &Fields<'_>) -> Option<RestartPolicy> {
+    let default = RestartPolicy::default();
+    let Some(node) = r.node(f, "restart") else {
+        return Some(default);
+    };
+    let entries = r.entries("restart", node)?;
+    let f = r.table(
+        "restart.",
+        node.span.clone(),
+        entries,
+        "[restart]",
+        RESTART_KEYS,
+    );
+    let priority = r.text(&f, "priority", |text| {
+        one_of(text, &RestartPriority::ALL.map(|what| (what.word(), what)))
+    });
+    let order = r.integer(&f, "order", 0_u32, 1_000);
+    let delay = r.integer(&f, "delay_s", 0_u32, 3_600);
+    let isolation = r.text(&f, "isolation", |text| {
+        one_of(
+            text,
+            &IsolationResponse::ALL.map(|what| (what.word(), what)),
+        )
+    });
+    let weight = r.integer(&f, "weight", 0_u32, 1_000_000);
+    Some(RestartPolicy {
+        priority: priority.or(default.priority)?,
+        order: order.or(default.order)?,
+        delay_s: delay.or(default.delay_s)?,
+        isolation: isolation.or(default.isolation)?,
+        weight: weight.or(default.weight)?,
     })
 }

@@ -58,6 +58,7 @@ const KEYS: &[&str] = &[
     "disk",
     "nic",
     "mirror",
+    "restart",
 ];
 
 /// Read a spec from TOML text.
@@ -258,6 +259,7 @@ fn spec(r: &mut Reader<'_>, entries: &[Entry], notes: &mut Vec<SpecNote>) -> Opt
     let devices = devices(r, &f);
     let protection = protection(r, &f);
     let mirror = parts::mirror(r, &f);
+    let restart = parts::restart(r, &f);
     let disks = tables(r, &f, "disk", DISKS_MAX, |r, path, node| {
         parts::disk(r, path, node, notes)
     });
@@ -280,6 +282,7 @@ fn spec(r: &mut Reader<'_>, entries: &[Entry], notes: &mut Vec<SpecNote>) -> Opt
         devices: devices?,
         protection: protection?,
         mirror: mirror?,
+        restart: restart?,
     })
 }
 
@@ -367,20 +370,22 @@ fn devices(r: &mut Reader<'_>, f: &Fields<'_>) -> Option<Vec<String>> {
 }
 
 fn protection(r: &mut Reader<'_>, f: &Fields<'_>) -> Option<Protection> {
-    let later = [
-        ("restart", "use \"none\" or \"mirrored\""),
-        (
-            "reserved",
-            "use \"mirrored\", which includes it, or \"none\"",
-        ),
-    ];
+    let later = [(
+        "reserved",
+        "use \"mirrored\", which includes it, or \"restart\"",
+    )];
     if not_built(r, f, "protection", &later) {
         return None;
     }
     r.text(f, "protection", |text| {
         one_of(
             text,
-            &[Protection::None, Protection::Mirrored].map(|level| (level.as_str(), level)),
+            &[
+                Protection::None,
+                Protection::Restart,
+                Protection::Mirrored,
+            ]
+            .map(|level| (level.as_str(), level)),
         )
     })
     .or(Protection::None)

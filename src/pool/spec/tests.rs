@@ -118,7 +118,7 @@ fn each_mistake_has_its_exact_words() {
             "vm.toml:1:1: `memory` is missing: write the guest's memory, like memory = \"512 MiB\"\n\
              vm.toml:3:1: unknown key `memry`, did you mean `memory`?; a VM spec has name, uuid, memory, \
              vcpus, machine, transport, cpu, accel, firmware, boot, kernel, initrd, cmdline, devices, \
-             protection, disk, nic, mirror",
+             protection, disk, nic, mirror, restart",
         ),
         (
             "size = \"4 GiB\"",
@@ -231,13 +231,13 @@ fn each_mistake_has_its_exact_words() {
         (
             "protection = \"mirrored\"",
             "protection = \"restart\"",
-            "vm.toml:7:1: `protection = \"restart\"` is not built yet: use \"none\" or \"mirrored\"",
+            "needs disks that every host reaches: write disk[0].kind = \"shared\"",
         ),
         (
             "protection = \"mirrored\"",
             "protection = \"reserved\"",
             "vm.toml:7:1: `protection = \"reserved\"` is not built yet: use \"mirrored\", which includes \
-             it, or \"none\"",
+             it, or \"restart\"",
         ),
         (
             "size = \"4 GiB\"",
@@ -249,8 +249,7 @@ fn each_mistake_has_its_exact_words() {
         (
             "size = \"4 GiB\"",
             "size = \"4 GiB\"\nkind = \"shared\"",
-            "vm.toml:13:1: `disk[0].kind = \"shared\"` is not built yet: use \"replicated\": each host \
-             keeps its own copy of the disk",
+            "a mirrored VM's disks are kept on both hosts: write disk[0].kind = \"replicated\"",
         ),
         (
             "size = \"4 GiB\"",
@@ -480,6 +479,24 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn restart()(
+        best_effort in any::<bool>(),
+        order in 0..=1_000_u32,
+        delay_s in 0..=3_600_u32,
+        shutdown in any::<bool>(),
+        weight in 0..=1_000_000_u32,
+    ) -> RestartPolicy {
+        RestartPolicy {
+            priority: RestartPriority::ALL[usize::from(best_effort)],
+            order,
+            delay_s,
+            isolation: IsolationResponse::ALL[usize::from(shutdown)],
+            weight,
+        }
+    }
+}
+
+prop_compose! {
     fn any_spec()(
         name in label(),
         uuid in any::<[u8; 16]>(),
@@ -494,8 +511,13 @@ prop_compose! {
         disks in proptest::collection::btree_map(label(), (path(), 1..=1_u64 << 32), 1..4),
         nics in proptest::collection::btree_map(label(), (any::<[u8; 5]>(), "[a-z][a-z0-9_.-]{0,14}"), 0..4),
         rng in any::<bool>(),
-        mirrored in any::<bool>(),
+        protection in prop_oneof![
+            Just(Protection::None),
+            Just(Protection::Restart),
+            Just(Protection::Mirrored)
+        ],
         mirror in policy(),
+        restart in restart(),
     ) -> VmSpec {
         let machine = match (pc, &boot) {
             (false, _) => Machine::Auto,
@@ -517,7 +539,10 @@ prop_compose! {
                 name,
                 path: format!("{}{i}", path.display()).into(),
                 size: SizeBytes(blocks * 4096),
-                kind: DiskKind::Replicated,
+                kind: match protection {
+                    Protection::Restart => DiskKind::Shared,
+                    _ => DiskKind::Replicated,
+                },
                 durability: Durability::Memory,
             }).collect(),
             nics: nics.into_iter().enumerate().map(|(i, (name, (b, bridge)))| Nic {
@@ -526,8 +551,9 @@ prop_compose! {
                 bridge,
             }).collect(),
             devices: vec![],
-            protection: if mirrored { Protection::Mirrored } else { Protection::None },
+            protection,
             mirror,
+            restart,
         };
         let mmio = spec.machine_family() == MachineFamily::Microvm;
         if modern {

@@ -324,6 +324,19 @@ pub const DISK_MAX: u64 = 16 << 40;
 pub enum DiskKind {
     /// Each host has its own copy.
     Replicated,
+    /// One, on storage that every host reaches at the same path.
+    Shared,
+}
+
+impl DiskKind {
+    /// The word for it in a spec.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Replicated => "replicated",
+            Self::Shared => "shared",
+        }
+    }
 }
 
 /// When a guest's flush counts as done (DESIGN section 3, output-commit).
@@ -353,6 +366,8 @@ pub const BRIDGE_BYTES_MAX: usize = 15;
 pub enum Protection {
     /// Runs on one host and dies with it.
     None,
+    /// Started again on another host when its own is dead; its disks are on shared storage.
+    Restart,
     /// A standby on the partner follows in lockstep epochs.
     Mirrored,
 }
@@ -363,7 +378,87 @@ impl Protection {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::None => "none",
+            Self::Restart => "restart",
             Self::Mirrored => "mirrored",
+        }
+    }
+}
+
+/// Which VMs are placed first after a failure, and whether one may be left down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum RestartPriority {
+    /// It is to run again; before any other.
+    #[default]
+    Always,
+    /// If room is left.
+    BestEffort,
+}
+
+impl RestartPriority {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Always, Self::BestEffort];
+
+    /// The word for it in a spec.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Always => "always",
+            Self::BestEffort => "best-effort",
+        }
+    }
+}
+
+/// What happens to a VM on a host that may run nothing any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum IsolationResponse {
+    /// Stop it at once, as if its power went.
+    #[default]
+    Stop,
+    /// Ask the guest to shut down; stop it at half of the time.
+    Shutdown,
+    /// Let it run; only for a VM that can run nowhere else.
+    Leave,
+}
+
+impl IsolationResponse {
+    /// All three.
+    pub const ALL: [Self; 3] = [Self::Stop, Self::Shutdown, Self::Leave];
+
+    /// The word for it in a spec.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Shutdown => "shutdown",
+            Self::Leave => "leave",
+        }
+    }
+}
+
+/// What becomes of a VM when its host dies, or may run nothing any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RestartPolicy {
+    /// Which are placed first. Has effect only under [`Protection::Restart`].
+    pub priority: RestartPriority,
+    /// Lower ones are started before higher ones. Has effect only under
+    /// [`Protection::Restart`].
+    pub order: u32,
+    /// Seconds from its start until VMs of a higher order are started.
+    pub delay_s: u32,
+    /// What happens to it on a host that may run nothing.
+    pub isolation: IsolationResponse,
+    /// What it counts for when two sides of a pool are weighed against each other.
+    pub weight: u32,
+}
+
+impl Default for RestartPolicy {
+    fn default() -> Self {
+        Self {
+            priority: RestartPriority::Always,
+            order: 0,
+            delay_s: 0,
+            isolation: IsolationResponse::Stop,
+            weight: 1,
         }
     }
 }

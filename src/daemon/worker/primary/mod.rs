@@ -25,6 +25,7 @@ use crate::registry::Versioned;
 use crate::vm::admission;
 use crate::vm::argv::Side;
 use crate::vm::qmp::Qmp;
+use serde_json::json;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
@@ -71,6 +72,8 @@ pub struct PrimarySide {
     last_peer: Option<(Peer, Generation)>,
     /// How this side went solo, step by step.
     solo: Failover,
+    /// This host may run nothing any more, and why: the guest's own end is no wish of its owner.
+    isolated: Option<String>,
     over: bool,
     /// Last: QEMU goes when all who use it are gone.
     pub(super) parts: Parts,
@@ -170,6 +173,7 @@ impl PrimarySide {
             guest_off: GuestOff::No,
             last_peer: None,
             solo: Failover::default(),
+            isolated: None,
             over: false,
             parts,
         })
@@ -204,7 +208,10 @@ impl PrimarySide {
             if self.guest_off == GuestOff::Seen {
                 self.guest_off = GuestOff::Told;
                 self.wanted = None;
-                self.input(PrimaryInput::GuestShutdown);
+                self.input(match self.isolated.clone() {
+                    Some(reason) => PrimaryInput::GuestDied { reason },
+                    None => PrimaryInput::GuestShutdown,
+                });
             }
             if self.machine.awaits_idle(now()) && self.busy.idle() {
                 self.input(PrimaryInput::GuestIdle);
@@ -384,6 +391,16 @@ impl PrimarySide {
                 } else {
                     PrimaryInput::GuestShutdown
                 });
+            }
+            WorkerEvent::Isolate { reason, gently } => {
+                self.wanted = None;
+                self.isolated = Some(reason.clone());
+                if !gently {
+                    self.input(PrimaryInput::GuestDied { reason });
+                } else if let Err(e) = self.control.execute("system_powerdown", json!({})) {
+                    self.shared
+                        .event(format!("the guest could not be asked to shut down: {e}"));
+                }
             }
             WorkerEvent::LinkDown(..)
             | WorkerEvent::Verdict { .. }

@@ -301,12 +301,12 @@ impl<'a> StandbySide<'a> {
                 self.failover.claim_won_ns = now_ns();
                 self.input(StandbyInput::ClaimResult { ticket, outcome });
             }
-            WorkerEvent::DaemonEnds => {
+            WorkerEvent::DaemonEnds | WorkerEvent::Isolate { .. } => {
                 self.peer.say(
                     self.config.spec.uuid,
                     self.generation,
                     &ControlMsg::StandbyGone {
-                        reason: "its daemon was told to end".into(),
+                        reason: "its host was told to end, or may run nothing any more".into(),
                     },
                 );
                 self.over = true;

@@ -1,8 +1,8 @@
-//! `pollux pool …`
+//! `pollux pool key …`
 //!
 //! Works on the host's state folder, whether its daemon runs or not.
 
-use super::print_json;
+use crate::cli::print_json;
 use crate::beat::{KeyStep, LINE_BYTES_MAX, PoolKeys, load_keys, save_first_keys, save_keys};
 use anyhow::Context;
 use clap::{Args, Subcommand};
@@ -12,14 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 #[derive(Subcommand)]
-pub(super) enum PoolCommand {
-    /// The pool's key: what a host needs to be heard by the others.
-    #[command(subcommand)]
-    Key(KeyCommand),
-}
-
-#[derive(Subcommand)]
-pub(super) enum KeyCommand {
+pub(in crate::cli) enum KeyCommand {
     /// Make a new pool with this host as its first.
     Create(Folder),
     /// Show the pool, the keys this host holds, and how far a change of them is; no secrets.
@@ -61,7 +54,7 @@ Between 1 and 2, --give-up forgets the next key again. A host that was away impo
 any host that was not.";
 
 #[derive(Args)]
-pub(super) struct Folder {
+pub(in crate::cli) struct Folder {
     /// The host's state folder, as `state_dir` of its configuration has it.
     #[arg(long, default_value = "/var/lib/pollux")]
     state_dir: PathBuf,
@@ -69,7 +62,7 @@ pub(super) struct Folder {
 
 #[derive(Args)]
 #[group(multiple = false)]
-pub(super) struct StepArgs {
+pub(in crate::cli) struct StepArgs {
     /// Second step: send with the next key.
     #[arg(long)]
     switch: bool,
@@ -192,8 +185,7 @@ fn rotate(dir: &Path, step: &StepArgs) -> anyhow::Result<PoolKeys> {
     Ok(keys)
 }
 
-pub(super) fn run(command: PoolCommand, json: bool) -> anyhow::Result<ExitCode> {
-    let PoolCommand::Key(command) = command;
+pub(super) fn run(command: KeyCommand, json: bool) -> anyhow::Result<ExitCode> {
     let keys = match command {
         KeyCommand::Create(folder) => {
             let keys = PoolKeys::create()?;

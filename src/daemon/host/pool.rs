@@ -1,0 +1,78 @@
+//! What the pool asks of a host: its VMs in figures, and which of them have to end how.
+
+use super::{Host, lock};
+use crate::api::pool::PoolStatus;
+use crate::api::types::{ApiError, Role};
+use crate::daemon::ha::Ending;
+use crate::daemon::worker::Routes;
+use crate::fence::isolation::IsolatedVm;
+use crate::ha::machine::Local;
+use crate::ha::time::Millis;
+use crate::pool::spec::Protection;
+
+impl Host {
+    /// Inboxes of all workers.
+    pub(in crate::daemon) fn routes(&self) -> &Routes {
+        &self.env.routes
+    }
+
+    /// Every VM that has a worker here, and how it is to end if this host may run nothing.
+    pub(in crate::daemon) fn endings(&self) -> Vec<Ending> {
+        let running = self.env.routes.names();
+        let vms = lock(&self.vms);
+        running
+            .into_iter()
+            .map(|vm| {
+                let spec = vms.get(&vm).map(|entry| &entry.spec);
+                let protection = spec.map_or(Protection::None, |spec| spec.protection);
+                Ending {
+                    isolated: IsolatedVm {
+                        vm,
+                        response: spec.map(|spec| spec.restart.isolation).unwrap_or_default(),
+                        runs_elsewhere: protection != Protection::None,
+                    },
+                    restarts: protection == Protection::Restart,
+                }
+            })
+            .collect()
+    }
+
+    /// What this host sees of itself; the gateway is not its part.
+    pub(in crate::daemon) fn local(&self) -> Local {
+        let vms = lock(&self.vms);
+        let mut local = Local {
+            storage_ok: true,
+            ..Local::default()
+        };
+        for entry in vms.values() {
+            let status = entry.shared.snapshot();
+            match status.role {
+                Role::Stopped => {}
+                Role::Standby => {
+                    let lag = status.lag_us.map(|us| Millis(us / 1000));
+                    local.standby_lag = local.standby_lag.max(lag);
+                }
+                Role::Primary => {
+                    local.weight = local.weight.saturating_add(entry.spec.restart.weight);
+                }
+            }
+        }
+        local
+    }
+
+    /// The pool as this host knows it.
+    ///
+    /// # Errors
+    /// If it belongs to none.
+    pub fn pool_status(&self) -> Result<PoolStatus, ApiError> {
+        self.membership.get().map_or_else(
+            || {
+                Err(super::refused(format!(
+                    "host {} belongs to no pool: its configuration has no table [pool] (docs/guide.md)",
+                    self.env.config.name
+                )))
+            },
+            |membership| Ok(membership.status()),
+        )
+    }
+}
