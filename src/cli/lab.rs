@@ -7,7 +7,7 @@ use crate::lab::pool::PoolLab;
 use crate::lab::{KeepPolicy, Lab, Place};
 use crate::pool::HostName;
 use anyhow::bail;
-use clap::Subcommand;
+use clap::{Args, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -50,6 +50,24 @@ pub(super) enum LabCommand {
         #[arg(long, default_value = DEFAULT_LAB)]
         name: String,
     },
+    /// Give a host power, or take it: no farewell, no flush.
+    Power {
+        #[command(flatten)]
+        of: OfHost,
+        /// What to do.
+        to: Switch,
+    },
+    /// Stop all processes of a host where they are.
+    Freeze(OfHost),
+    /// Let a frozen host go on.
+    Thaw(OfHost),
+    /// Cut a host's cable to the management network at the switch, or heal it.
+    Cable {
+        #[command(flatten)]
+        of: OfHost,
+        /// What to do.
+        to: Cable,
+    },
     /// Run a program on a host of a lab, or `outside` where the clients are.
     ///
     /// `pollux lab exec a -- pollux status` asks host a's daemon: inside a lab's host
@@ -64,6 +82,31 @@ pub(super) enum LabCommand {
         #[arg(last = true, required = true)]
         argv: Vec<OsString>,
     },
+}
+
+#[derive(Args)]
+pub(super) struct OfHost {
+    /// Name of the lab.
+    #[arg(long, default_value = DEFAULT_LAB)]
+    name: String,
+    /// The host.
+    host: HostName,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum Switch {
+    /// Boot it.
+    On,
+    /// Kill everything on it at once.
+    Off,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum Cable {
+    /// Frames are lost, the carrier stays.
+    Cut,
+    /// It carries again.
+    Heal,
 }
 
 pub(super) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
@@ -112,6 +155,26 @@ pub(super) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
         LabCommand::Status { name } => {
             let status = Lab::open(&name)?.status()?;
             print_json(&status)?;
+        }
+        LabCommand::Power { of, to } => {
+            let lab = Lab::open(&of.name)?;
+            match to {
+                Switch::On => lab.power_on(&of.host)?,
+                Switch::Off => lab.power_cut(&of.host)?,
+            };
+        }
+        LabCommand::Freeze(of) => {
+            Lab::open(&of.name)?.freeze(&of.host)?;
+        }
+        LabCommand::Thaw(of) => {
+            Lab::open(&of.name)?.thaw(&of.host)?;
+        }
+        LabCommand::Cable { of, to } => {
+            let lab = Lab::open(&of.name)?;
+            match to {
+                Cable::Cut => lab.cut_lan(&of.host)?,
+                Cable::Heal => lab.heal_lan(&of.host)?,
+            };
         }
         LabCommand::Exec { name, place, argv } => {
             let lab = Lab::open(&name)?;
