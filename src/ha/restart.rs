@@ -234,7 +234,13 @@ mod tests {
 
     fn placed(vms: Vec<Candidate>, targets: &[Target]) -> Vec<(String, Option<String>, u32)> {
         let mut plan = Plan::default();
-        assert!(place(&mut plan, &host("a"), "its power is off", vms, targets));
+        assert!(place(
+            &mut plan,
+            &host("a"),
+            "its power is off",
+            vms,
+            targets
+        ));
         let show = |order: &Order| {
             let to = order.to.as_ref().map(ToString::to_string);
             (order.name.clone(), to, order.after_s)
@@ -256,10 +262,19 @@ mod tests {
             ]
         );
         let mut plan = Plan::default();
-        place(&mut plan, &host("a"), "x", vec![vm(1, 5, 0, 0)], &targets[..1]);
+        place(
+            &mut plan,
+            &host("a"),
+            "x",
+            vec![vm(1, 5, 0, 0)],
+            &targets[..1],
+        );
         assert_eq!(plan.orders[0].to, None);
         let cause = &plan.orders[0].cause;
-        assert!(cause.contains("needs 5120 MiB") && cause.contains("4096 MiB free"), "{cause}");
+        assert!(
+            cause.contains("needs 5120 MiB") && cause.contains("4096 MiB free"),
+            "{cause}"
+        );
     }
 
     #[test]
@@ -269,7 +284,10 @@ mod tests {
         let vms = vec![last, vm(3, 1, 2, 0), vm(1, 1, 0, 10), vm(2, 1, 1, 5)];
         let targets = [target("b", 64, 0)];
         let placed = placed(vms, &targets);
-        let starts: Vec<_> = placed.iter().map(|(name, _, after)| (name.as_str(), *after)).collect();
+        let starts: Vec<_> = placed
+            .iter()
+            .map(|(name, _, after)| (name.as_str(), *after))
+            .collect();
         assert_eq!(starts, [("v1", 0), ("v2", 10), ("v3", 15), ("v4", 15)]);
     }
 

@@ -458,8 +458,7 @@ impl Keeper<'_> {
         let next = self.boots.iter().map(|(_, at)| *at).min();
         next.map_or(PollTimeout::NONE, |at| {
             // Rounded up, so that the last millisecond is not spun through.
-            let wait =
-                at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            let wait = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX)
         })
     }
@@ -493,7 +492,11 @@ impl Keeper<'_> {
                 if slot.as_ref().is_some_and(|r| r.init == pid) {
                     *slot = None;
                     eprintln!("keeper: the init of host `{}` died", host.name);
-                    if host.pool.as_ref().is_some_and(|pool| pool.watchdog.is_some()) {
+                    if host
+                        .pool
+                        .as_ref()
+                        .is_some_and(|pool| pool.watchdog.is_some())
+                    {
                         self.boots
                             .push((host.index, Instant::now() + super::pool::BOOT_TIME));
                     }

@@ -2,8 +2,8 @@
 //!
 //! Works on the host's state folder, whether its daemon runs or not.
 
-use crate::cli::print_json;
 use crate::beat::{KeyStep, LINE_BYTES_MAX, PoolKeys, load_keys, save_first_keys, save_keys};
+use crate::cli::print_json;
 use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde::Serialize;

@@ -65,7 +65,10 @@ pub(super) fn status(s: &PoolStatus) -> String {
         .as_ref()
         .map_or(String::new(), |why| format!("\n  WARNING {why}"));
     let _ = writeln!(out, "registry     read {}{error}", age(s.registry_age_ms));
-    let coordinator = s.coordinator.as_ref().map_or("nobody", |host| host.as_str());
+    let coordinator = s
+        .coordinator
+        .as_ref()
+        .map_or("nobody", |host| host.as_str());
     let version = s.state_version.unwrap_or(0);
     let _ = writeln!(
         out,
@@ -173,8 +176,9 @@ pub(super) fn about<'a>(s: &'a PoolStatus, about: Option<&str>) -> Found<'a> {
     };
     let number = about.trim_start_matches('#').parse::<u64>().ok();
     let decided = |d: &&DecisionView| d.about == about || Some(d.number) == number;
-    let restarted =
-        |r: &&RestartView| r.vm == about || r.uuid == about || (number.is_none() && r.from == about);
+    let restarted = |r: &&RestartView| {
+        r.vm == about || r.uuid == about || (number.is_none() && r.from == about)
+    };
     Found {
         decisions: s.decisions.iter().filter(decided).collect(),
         restarts: s.restarts.iter().filter(restarted).collect(),
@@ -264,6 +268,9 @@ mod tests {
         let none = about(&pool, Some("x"));
         assert!(why(&pool, Some("x"), &none).contains("nothing is known about `x`"));
         let text = why(&pool, Some("b"), &about(&pool, Some("b")));
-        assert!(text.contains("#4 a decided: b ousted\n     nobody hears it"), "{text}");
+        assert!(
+            text.contains("#4 a decided: b ousted\n     nobody hears it"),
+            "{text}"
+        );
     }
 }

@@ -296,12 +296,24 @@ addresses = { management = \"10.77.0.102\" }
         for (from, to, says) in [
             ("id = 1", "id = 0", "id 0 is another host's already"),
             ("id = 1", "id = 64", "ids are 0 to 63"),
-            ("name = \"a\"", "name = \"c\"", "with the name of this host, `a`"),
+            (
+                "name = \"a\"",
+                "name = \"c\"",
+                "with the name of this host, `a`",
+            ),
             ("name = \"b\"", "name = \"a\"", "is there twice"),
-            ("{ management = \"10.77.0.102\" }", "{ lan = \"10.77.0.102\" }", "network `lan`, which is not in"),
+            (
+                "{ management = \"10.77.0.102\" }",
+                "{ lan = \"10.77.0.102\" }",
+                "network `lan`, which is not in",
+            ),
             ("[\"management\", \"private\"]", "[]", "name 1 to 4"),
             ("gateway", "gatway", "did you mean `gateway`?"),
-            ("watchdog = ", "timing = { lease_ms = 1 }\nwatchdog = ", "lease 0.001 s must be at least"),
+            (
+                "watchdog = ",
+                "timing = { lease_ms = 1 }\nwatchdog = ",
+                "lease 0.001 s must be at least",
+            ),
         ] {
             let told = read(&POOL.replacen(from, to, 1)).unwrap_err();
             assert!(told.contains(says), "{told}");

@@ -275,10 +275,7 @@ impl<'a> Life<'a> {
                 incarnation,
                 proof,
             } => {
-                tracing::warn!(
-                    "the VMs of {} may be restarted: {proof}",
-                    self.name(host)
-                );
+                tracing::warn!("the VMs of {} may be restarted: {proof}", self.name(host));
                 self.setup.restarts.may_restart(host, incarnation, proof);
             }
             Action::Alert(text) => {

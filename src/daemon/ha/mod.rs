@@ -227,7 +227,9 @@ fn live(setup: &Setup, now: &Mutex<Option<Sender<Event>>>) {
             .map_err(|e| e.to_string())
             .and_then(|incarnation| Life::begin(setup, incarnation, tell, inbox))
             .map_or_else(End::Failed, Life::run);
-        setup.gate.close("this host is no member of its pool now; see `pollux pool status`");
+        setup
+            .gate
+            .close("this host is no member of its pool now; see `pollux pool status`");
         match end {
             End::Over => {}
             End::Left => {

@@ -318,7 +318,8 @@ impl Runner {
                     .get(&vm)
                     .map_or(RETRY_MIN, |(_, wait)| (*wait * 2).min(RETRY_MAX));
                 self.retry.insert(vm, (Instant::now() + wait, wait));
-                let text = format!("VM {vm} was not started here: {reason}; tried again in {wait:?}");
+                let text =
+                    format!("VM {vm} was not started here: {reason}; tried again in {wait:?}");
                 tracing::error!("{text}");
                 self.setup.shown.alert(text);
             }
@@ -347,7 +348,9 @@ impl Runner {
                 cause: order.cause.clone(),
             }
         };
-        self.setup.shown.restarts(plan.orders.iter().map(view).collect());
+        self.setup
+            .shown
+            .restarts(plan.orders.iter().map(view).collect());
     }
 }
 
@@ -467,7 +470,9 @@ fn records(registry: &mut dyn Registry) -> Result<BTreeMap<VmId, Versioned<VmRec
 }
 
 fn spec_of(value: &[u8]) -> Option<VmSpec> {
-    let text = std::str::from_utf8(value).ok().filter(|text| !text.is_empty())?;
+    let text = std::str::from_utf8(value)
+        .ok()
+        .filter(|text| !text.is_empty())?;
     match VmSpec::parse(text, "the registry") {
         Ok(spec) => Some(spec),
         Err(e) => {

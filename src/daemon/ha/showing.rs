@@ -4,8 +4,8 @@ use super::Setup;
 use super::life::boot_now;
 use super::watchdog::HostWatchdog;
 use crate::api::pool::{
-    AlertView, DecisionView, GatewayView, PathView, PoolHostView, PoolStatus, RestartView,
-    ReportView, WatchdogView,
+    AlertView, DecisionView, GatewayView, PathView, PoolHostView, PoolStatus, ReportView,
+    RestartView, WatchdogView,
 };
 use crate::beat::TransportStatus;
 use crate::ha::detector::PathVerdict;
@@ -258,9 +258,7 @@ impl Seen<'_> {
         };
         let networks = self.transport.paths.iter().filter(both);
         let networks = networks.map(|path| path.network.0);
-        let all = networks
-            .map(Path::Network)
-            .chain(disks.map(Path::Storage));
+        let all = networks.map(Path::Network).chain(disks.map(Path::Storage));
         all.map(|path| {
             let known = found.iter().find(|(at, ..)| *at == path);
             PathView {

@@ -144,7 +144,10 @@ fn take_in(opener: &mut Opener, beat: &HeardBeat) -> Vec<Event> {
             return Vec::new();
         }
     };
-    let disks = beat.disks.iter().filter_map(|disk| u8::try_from(*disk).ok());
+    let disks = beat
+        .disks
+        .iter()
+        .filter_map(|disk| u8::try_from(*disk).ok());
     disks
         .filter(|disk| *disk < STORAGES_MAX)
         .map(|disk| Event::Heard {

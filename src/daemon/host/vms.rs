@@ -2,11 +2,11 @@
 
 use super::{Host, VmEntry, lock, refused};
 use crate::api::types::{ApiError, Done, Role, VmStatus};
-use crate::daemon::worker::{self, Begin, Shared, VmCommand, WorkerConfig, WorkerEvent};
 use crate::daemon::ha::{put, spec_key};
+use crate::daemon::worker::{self, Begin, Shared, VmCommand, WorkerConfig, WorkerEvent};
 use crate::mirror::{ClaimOutcome, VmRecord};
-use crate::pool::{HostName, VmId};
 use crate::pool::spec::{Boot, Protection, VmSpec};
+use crate::pool::{HostName, VmId};
 use crate::registry::Versioned;
 use crate::vm::argv::Accel;
 use crate::vm::{accel, probe};

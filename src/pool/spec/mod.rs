@@ -28,8 +28,8 @@ pub use machine::{Machine, MachineFamily, Transport, version_key};
 pub use read::{SPEC_TEXT_BYTES_MAX, SpecNote};
 pub use values::{
     AccelChoice, BadValue, CpuModel, Disk, DiskKind, Durability, IsolationResponse, MacAddr,
-    MemoryBytes, MirrorPolicy, Nic, Overload, Protection, RestartPolicy, RestartPriority, SizeBytes,
-    VmName,
+    MemoryBytes, MirrorPolicy, Nic, Overload, Protection, RestartPolicy, RestartPriority,
+    SizeBytes, VmName,
 };
 
 use super::VmId;

@@ -380,12 +380,8 @@ fn protection(r: &mut Reader<'_>, f: &Fields<'_>) -> Option<Protection> {
     r.text(f, "protection", |text| {
         one_of(
             text,
-            &[
-                Protection::None,
-                Protection::Restart,
-                Protection::Mirrored,
-            ]
-            .map(|level| (level.as_str(), level)),
+            &[Protection::None, Protection::Restart, Protection::Mirrored]
+                .map(|level| (level.as_str(), level)),
         )
     })
     .or(Protection::None)
