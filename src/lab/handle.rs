@@ -49,7 +49,7 @@ impl Lab {
     /// [`LabError::ForeignDir`], [`LabError::Spec`]; [`LabError::Keeper`] with the step
     /// that failed inside.
     pub fn up(spec: LabSpec) -> Result<Self, LabError> {
-        let plan = spec.plan()?;
+        let mut plan = spec.plan()?;
         if !nix::unistd::geteuid().is_root() {
             return Err(LabError::NotRoot);
         }
@@ -57,6 +57,8 @@ impl Lab {
         let lock = dir::claim(&plan)?;
         format_statefile(&plan)?;
         super::pool::prepare(&plan, &spec.program)?;
+        // Held until the keeper has them open.
+        let _disks = attach_disks(&mut plan)?;
         for host in &plan.hosts {
             let text = (spec.host_config)(&host.name, host);
             fs::write(&host.config_file, text).map_err(LabError::io(format!(
@@ -391,6 +393,27 @@ impl Lab {
         })
     }
 
+    /// Takes a disk of the statefile from one host: what it reads there ends, what it writes finds
+    /// no space. Only in a lab whose spec said so.
+    ///
+    /// # Errors
+    /// [`LabError::NoSuchHost`]; [`LabError::Keeper`] if there is no such disk.
+    pub fn take_disk(&self, host: &HostName, disk: usize) -> Result<MonotonicNs, LabError> {
+        self.set_disk(host, disk, true)
+    }
+
+    /// Gives it back.
+    ///
+    /// # Errors
+    /// As [`Lab::take_disk`].
+    pub fn give_disk(&self, host: &HostName, disk: usize) -> Result<MonotonicNs, LabError> {
+        self.set_disk(host, disk, false)
+    }
+
+    fn set_disk(&self, host: &HostName, disk: usize, taken: bool) -> Result<MonotonicNs, LabError> {
+        self.act(host, |host| Request::Disk { host, disk, taken })
+    }
+
     fn set_private(
         &self,
         a: &HostName,
@@ -488,6 +511,23 @@ pub fn take_down(dir: &Path) -> Result<TakenDown, LabError> {
         Found::Stale(_lock) => dir::empty(dir, false).map(|()| TakenDown::WasStale),
         Found::Alive => Lab::open_at(dir)?.down().map(|()| TakenDown::WasUp),
     }
+}
+
+/// Give every host a loop device of its own for each disk of the statefile.
+fn attach_disks(plan: &mut LabPlan) -> Result<Vec<File>, LabError> {
+    let mut held = Vec::new();
+    if !plan.takeable_disks {
+        return Ok(held);
+    }
+    for disk in plan.hosts.iter_mut().flat_map(|host| &mut host.statefile) {
+        let (device, path) = super::disk::attach(disk).map_err(LabError::io(format!(
+            "making a loop device of {}",
+            disk.display()
+        )))?;
+        held.push(device);
+        *disk = path;
+    }
+    Ok(held)
 }
 
 /// Make the disks of the hosts' statefile, before a host can ask for them.

@@ -8,6 +8,7 @@
 
 use super::clock::MonotonicNs;
 use super::dir;
+use super::disk::Disks;
 use super::launch::{StepError, step};
 use super::net::{self, Port};
 use super::power::{INIT_TIMEOUT, ask, pidfd_open};
@@ -54,6 +55,7 @@ pub(super) struct Keeper<'a> {
     pub(super) shaped: Vec<(Port, u64)>,
     /// Hosts that were reset by their watchdogs, and when they have power again.
     boots: Vec<(usize, Instant)>,
+    disks: Disks,
     own_pidfd: OwnedFd,
     pub(super) own_pid_namespace: File,
 }
@@ -109,6 +111,7 @@ pub(super) fn keep(
         cut: Vec::new(),
         shaped: Vec::new(),
         boots: Vec::new(),
+        disks: Disks::open(plan)?,
         own_pidfd: pidfd_open(nix::unistd::getpid()).map_err(step("opening the keeper's pidfd"))?,
         own_pid_namespace: File::open("/proc/self/ns/pid")
             .map_err(step("opening the lab's pid namespace"))?,
@@ -239,6 +242,11 @@ impl Keeper<'_> {
                 self.power_on(index).map(at).map_err(failed)
             }
             Request::SetLink { link, wiring } => self.set_link(link, *wiring).map(at),
+            Request::Disk { host, disk, taken } => {
+                let index = self.index(host)?;
+                self.disks.set(index, *disk, *taken)?;
+                Ok(at(MonotonicNs::now()))
+            }
             Request::ShapeLink { link, bytes_per_s } => self.shape_link(link, *bytes_per_s).map(at),
             Request::Freeze(host) => {
                 let index = self.on(host)?;

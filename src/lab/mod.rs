@@ -23,6 +23,7 @@
 mod clock;
 pub mod daemons;
 mod dir;
+mod disk;
 mod enter;
 mod error;
 mod handle;

@@ -79,6 +79,9 @@ pub struct LabSpec {
     /// Disks of the statefile in the shared folder, formatted before the hosts get power: 1
     /// or 3, or 0 for none. Default 0.
     pub statefile_disks: u8,
+    /// The statefile's disks can be taken from single hosts: each host reaches them through a
+    /// loop device of its own. Default: they cannot.
+    pub takeable_disks: bool,
     /// The hosts are one pool, with heartbeats, watchdogs and fencing. Default: they are not.
     pub pool: Option<PoolLab>,
 }
@@ -112,6 +115,7 @@ impl LabSpec {
             program,
             host_config,
             statefile_disks: 0,
+            takeable_disks: false,
             pool: None,
         })
     }
@@ -177,6 +181,7 @@ impl LabSpec {
             hosts,
             private_mtu: self.private_mtu,
             private_links: self.private_links,
+            takeable_disks: self.takeable_disks,
             keep: self.keep,
             keep_files: self.keep_files,
             daemon_argv: self.daemon_argv.clone(),
@@ -256,6 +261,9 @@ pub struct LabPlan {
     pub private_mtu: u16,
     /// Private links between each two hosts.
     pub private_links: u8,
+    /// Each host reaches the statefile through loop devices of its own.
+    #[serde(default)]
+    pub takeable_disks: bool,
     /// Who keeps it alive.
     pub keep: KeepPolicy,
     /// Leave the directory at the end.

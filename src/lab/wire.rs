@@ -47,6 +47,12 @@ pub(crate) enum Request {
         link: LinkName,
         bytes_per_s: Option<u64>,
     },
+    /// A disk of the statefile is taken from a host, or given back.
+    Disk {
+        host: HostName,
+        disk: usize,
+        taken: bool,
+    },
     Freeze(HostName),
     Thaw(HostName),
     Kill {
