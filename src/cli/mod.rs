@@ -9,6 +9,7 @@ mod lab;
 mod link;
 mod pool;
 mod show;
+mod sim;
 mod statefile;
 mod vm;
 
@@ -79,6 +80,9 @@ enum Command {
     /// Rehearsed failures with measurements.
     #[command(subcommand)]
     Drill(drill::DrillCommand),
+    /// Whole pools in virtual time, with faults of every kind.
+    #[command(subcommand)]
+    Sim(sim::SimCommand),
     /// Power fencing: test it, ask for a host's power, take it.
     #[command(subcommand)]
     Fence(fence::FenceCommand),
@@ -162,6 +166,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Why(why) => return why.run(&client, json),
         Command::Lab(command) => return lab::run(command, json),
         Command::Drill(command) => return drill::run(command, json),
+        Command::Sim(command) => return sim::run(command, json),
         Command::Fence(command) => return fence::run(command, json),
         Command::Watchdog(watchdog) => return watchdog.run(),
         Command::Demo => return drill::demo(json),

@@ -14,8 +14,10 @@ mod fault;
 mod guest;
 mod lane;
 mod outside;
+pub mod pool;
 mod registry;
 mod rng;
+pub mod scenario;
 mod shell;
 #[cfg(test)]
 mod tests;
