@@ -566,7 +566,7 @@ impl Machine {
         let own = self.report(now);
         let verdicts = judge(&self.config.timing, &next, &self.reports(&own, now));
         let stays = verdicts.get(&self.config.me) == Some(&Verdict::Stays);
-        if !stays || !self.contacts.may_judge(now) {
+        if !stays || !self.contacts.may_judge(now) || self.is_before_me(&state.value, now) {
             return;
         }
         let peers = state.value.members_in();
@@ -575,6 +575,21 @@ impl Machine {
             .map(|(host, member)| (host, member.incarnation))
             .collect();
         self.write(now, next, actions);
+    }
+
+    /// Whether a host of a lower number is about to join as well: of many that begin together one
+    /// wins each write, so they go one after the other. One that does not read the registry is
+    /// not waited for.
+    fn is_before_me(&self, state: &PoolState, now: Millis) -> bool {
+        self.contacts.iter().any(|(host, contact)| {
+            let report = &contact.report;
+            let age = report.registry.age;
+            host < self.config.me
+                && !report.farewell
+                && state.standing(host, report.incarnation).is_none()
+                && self.contacts.is_heard(host, report.incarnation, now)
+                && age.is_some_and(|age| age < self.config.timing.network_lost)
+        })
     }
 
     /// Nothing runs here any more: say so where it counts, in case nobody else is left to.

@@ -13,7 +13,7 @@ use crate::registry::statefile::paxos::{
     recover,
 };
 use crate::sim::Rng;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 /// A registry call takes at most this long, as the real one.
 pub(super) const CALL_MS: u64 = 1000;
@@ -56,6 +56,8 @@ pub(super) struct Client {
     me: HostSlot,
     machine: Machine,
     call: Option<(Call, u64)>,
+    /// Calls that wait for their turn: a host does one at a time.
+    waiting: VecDeque<Call>,
     /// Not before then the next round, after another host was ahead.
     pause_until: u64,
     /// Number of each disk's action under way; one that was given up may end late.
@@ -125,27 +127,37 @@ impl Client {
             me: slot,
             machine: Machine::new(slot, disks.len(), Incarnation(life), own),
             call: None,
+            waiting: VecDeque::new(),
             pause_until: 0,
             under_way: vec![None; disks.len()],
             actions: 0,
         })
     }
 
-    /// Begin to read.
+    /// Read, once the calls before are done.
     pub(super) fn read(&mut self, now: u64) {
-        self.call = Some((Call::Read, now + CALL_MS));
-        self.machine.look();
+        self.waiting.push_back(Call::Read);
+        self.next_call(now);
     }
 
-    /// Begin to write.
+    /// Write, once the calls before are done.
     pub(super) fn write(&mut self, now: u64, expected: Option<u64>, state: PoolState) {
-        let call = Call::Write {
+        self.waiting.push_back(Call::Write {
             expected,
             state,
             proposed: Vec::new(),
-        };
-        self.call = Some((call, now + CALL_MS));
-        self.machine.look();
+        });
+        self.next_call(now);
+    }
+
+    fn next_call(&mut self, now: u64) {
+        if self.call.is_none()
+            && let Some(call) = self.waiting.pop_front()
+        {
+            self.call = Some((call, now + CALL_MS));
+            self.pause_until = 0;
+            self.machine.look();
+        }
     }
 
     /// What the machine wants done, with how long each takes.
@@ -223,8 +235,16 @@ impl Client {
         })
     }
 
-    /// Go on; the answer if the call has ended.
+    /// Go on; the answer if the call has ended. The next one begins then.
     pub(super) fn go_on(&mut self, disks: &mut Disks, now: u64, rng: &mut Rng) -> Option<Input> {
+        let answer = self.step(disks, now, rng);
+        if answer.is_some() {
+            self.next_call(now);
+        }
+        answer
+    }
+
+    fn step(&mut self, disks: &mut Disks, now: u64, rng: &mut Rng) -> Option<Input> {
         let (_, deadline) = self.call.as_ref()?;
         if now >= *deadline {
             self.machine.abandon();

@@ -78,21 +78,12 @@ fn happen(world: &mut World, case: &Case) -> (u64, u64) {
         world.random_faults(random);
         last = last.max(world.now);
     }
-    // Those who are to come back are waited for, and no longer.
+    // All have to be members at the end of the time that they were given.
     let all = case.expect.iter().find_map(|(expect, _)| match expect {
         Expect::AllMembers(limit) => Some(limit.0),
         _ => None,
     });
-    match all {
-        Some(limit) => {
-            // First they have to have gone.
-            world.run_until(last + 5_000, |_| false);
-            world.run_until(last + limit, World::all_members);
-        }
-        None => {
-            world.run_until(last + case.run.0, |_| false);
-        }
-    }
+    world.run_until(last + all.unwrap_or(case.run.0), |_| false);
     (first, last)
 }
 

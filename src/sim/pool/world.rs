@@ -581,6 +581,11 @@ impl World {
             host.pet_until = None;
         }
         let clock = host.clock(now);
+        if let Input::Read(Err(why)) = &input {
+            let why = why.clone();
+            self.trace(|_| format!("{} read nothing: {why}", super::host::name(n)));
+        }
+        let host = &mut self.hosts[n];
         let Some(machine) = &mut host.machine else {
             return;
         };
