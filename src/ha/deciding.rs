@@ -12,6 +12,7 @@ use super::detector::Contacts;
 use super::liveset::{Verdict, judge};
 use super::machine::Config;
 use super::report::Report;
+use super::sabotage::{Bug, sabotaged};
 use super::state::{Coordinator, PoolState, Proof, Standing};
 use super::time::Millis;
 use crate::pool::{HostId, Incarnation};
@@ -138,6 +139,9 @@ pub(super) fn decide(view: &View<'_>, oustings: &mut Oustings) -> Decided {
         }
         Some(c) if view.state.is_in(c.host, c.incarnation) && is_able(view, &verdicts, c.host) => {
             oustings.leaderless = None;
+            if sabotaged(Bug::AnybodyDecides) {
+                return coordinate(view, &verdicts, oustings);
+            }
             Decided::default()
         }
         _ => elect(view, &verdicts, oustings),
@@ -306,7 +310,7 @@ fn prove(view: &View<'_>, oustings: &Oustings, next: &mut PoolState) -> bool {
                     let waits = view.config.timing.watchdog_bound(*watchdog);
                     view.now.since(ousting.since) >= waits
                 });
-                let proof = if farewell {
+                let proof = if farewell || sabotaged(Bug::SilenceIsDeath) {
                     Proof::Farewell
                 } else if ousting.off {
                     Proof::PowerOff

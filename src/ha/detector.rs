@@ -9,6 +9,7 @@
 //! listened for as long as the longest silence.
 
 use super::report::{Heard, Path, Report};
+use super::sabotage::{Bug, sabotaged};
 use super::time::Millis;
 use super::timing::Timing;
 use crate::pool::{HostId, Incarnation, POOL_HOSTS_MAX, Seq};
@@ -85,7 +86,7 @@ impl Contacts {
     pub fn tick(&mut self, now: Millis) -> Option<Millis> {
         let stood = now.since(self.ticked);
         self.ticked = now;
-        if stood <= self.timing.stall() {
+        if stood <= self.timing.stall() || sabotaged(Bug::StallUnnoticed) {
             return None;
         }
         for contact in self.hosts.values_mut() {
@@ -214,8 +215,8 @@ mod tests {
         let verdicts = [0, 999, 1000, 1999, 2000].map(|t| contacts.path(B, NET, Millis(t)));
         use PathVerdict::{Healthy, Lost, Suspect};
         assert_eq!(verdicts, [Healthy, Healthy, Suspect, Suspect, Lost]);
-        assert!(contacts.is_heard(B, Incarnation(1), Millis(2999)));
-        assert!(!contacts.is_heard(B, Incarnation(1), Millis(3000)));
+        assert!(contacts.is_heard(B, Incarnation(1), Millis(2499)));
+        assert!(!contacts.is_heard(B, Incarnation(1), Millis(2500)));
         assert!(!contacts.is_heard(B, Incarnation(2), Millis(0)));
     }
 

@@ -213,7 +213,7 @@ mod tests {
         assert!(
             matches!(&silent[&HostId(2)], Verdict::Lost(why) if why.contains("h0, h1 hear it on none"))
         );
-        let b = report(1, true, &[(0, NET, 100), (2, DISK, 2900)]);
+        let b = report(1, true, &[(0, NET, 100), (2, DISK, 2400)]);
         assert_eq!(stay(&judged(&state, &[a, b])), [0, 1, 2]);
     }
 

@@ -28,6 +28,7 @@ use super::detector::{Contacts, PathVerdict};
 use super::lease::Lease;
 use super::liveset::{Verdict, judge};
 use super::report::{Path, RegistryView, Report};
+use super::sabotage::{Bug, sabotaged};
 use super::state::{Member, PoolState, Proof, Standing};
 use super::time::Millis;
 use super::timing::Timing;
@@ -303,6 +304,7 @@ impl Machine {
                 incarnation,
                 confirmed,
             } => {
+                let confirmed = confirmed || sabotaged(Bug::FenceUnconfirmed);
                 self.oustings.fenced(now, host, incarnation, confirmed);
                 self.decide(now, &mut actions);
             }
@@ -370,7 +372,9 @@ impl Machine {
             standby_lag: self.local.standby_lag,
             weight: self.local.weight,
             watchdog: self.config.watchdog,
-            farewell: matches!(self.phase, Phase::Stopped { .. }),
+            farewell: matches!(self.phase, Phase::Stopped { .. })
+                || (sabotaged(Bug::FarewellTooSoon)
+                    && matches!(self.phase, Phase::Stopping { .. })),
         }
     }
 
@@ -484,7 +488,9 @@ impl Machine {
             && let Some(until) = self.lease.until()
         {
             self.phase = Phase::Member;
-            actions.push(Action::PetUntil(until));
+            if !sabotaged(Bug::WatchdogArmedLate) {
+                actions.push(Action::PetUntil(until));
+            }
         }
     }
 

@@ -24,6 +24,7 @@ pub mod machine;
 
 pub mod report;
 pub mod restart;
+pub(crate) mod sabotage;
 pub mod state;
 pub mod time;
 pub mod timing;

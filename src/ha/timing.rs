@@ -1,5 +1,6 @@
 //! The times that the pool lives by, and what ties them together.
 
+use super::sabotage::{Bug, sabotaged};
 use super::time::Millis;
 
 /// Times of a pool, the same on all its hosts.
@@ -58,7 +59,11 @@ impl Timing {
     /// the latest, if it has a watchdog armed with `watchdog`.
     #[must_use]
     pub fn watchdog_bound(&self, watchdog: Millis) -> Millis {
-        let runs_out = self.lease + watchdog;
+        let runs_out = if sabotaged(Bug::BoundWithoutLease) {
+            watchdog
+        } else {
+            self.lease + watchdog
+        };
         runs_out + Millis(runs_out.0 * self.rates_permille / 1000) + self.slack
     }
 

@@ -231,7 +231,8 @@ fn each_mistake_has_its_exact_words() {
         (
             "protection = \"mirrored\"",
             "protection = \"restart\"",
-            "needs disks that every host reaches: write disk[0].kind = \"shared\"",
+            "vm.toml:9:1: `protection = \"restart\"` needs disks that every host reaches: write \
+             disk[0].kind = \"shared\" if this one is on such storage, or use \"mirrored\" or \"none\"",
         ),
         (
             "protection = \"mirrored\"",
@@ -249,7 +250,8 @@ fn each_mistake_has_its_exact_words() {
         (
             "size = \"4 GiB\"",
             "size = \"4 GiB\"\nkind = \"shared\"",
-            "a mirrored VM's disks are kept on both hosts: write disk[0].kind = \"replicated\"",
+            "vm.toml:13:1: a mirrored VM's disks are kept on both hosts: write disk[0].kind = \
+             \"replicated\", or use protection = \"restart\" (mirroring over shared disks is not built yet)",
         ),
         (
             "size = \"4 GiB\"",

@@ -23,8 +23,8 @@ const ACTION_MS: (u64, u64) = (1, 12);
 /// The pool's document as it was written, and on top of what.
 #[derive(Clone, Debug)]
 struct Value {
-    /// Who wrote it.
-    by: usize,
+    /// Who wrote it, in which life.
+    by: (usize, u64),
     version: u64,
     state: PoolState,
     parent: Option<ValueId>,
@@ -54,6 +54,7 @@ enum Call {
 #[derive(Debug)]
 pub(super) struct Client {
     me: HostSlot,
+    life: u64,
     machine: Machine,
     call: Option<(Call, u64)>,
     /// Calls that wait for their turn: a host does one at a time.
@@ -125,6 +126,7 @@ impl Client {
         let own = recover(slot, &passes)?;
         Some(Self {
             me: slot,
+            life,
             machine: Machine::new(slot, disks.len(), Incarnation(life), own),
             call: None,
             waiting: VecDeque::new(),
@@ -307,7 +309,7 @@ impl Client {
                     return Some(Input::Written(WriteOutcome::Lost));
                 }
                 let next = Value {
-                    by: usize::from(self.me.0),
+                    by: (usize::from(self.me.0), self.life),
                     version: expected.map_or(1, |version| version + 1),
                     state: state.clone(),
                     parent: value,
@@ -335,10 +337,10 @@ impl Client {
 impl Disks {
     /// The newest chosen document, if it is newer than `version`: who proposed it and what it
     /// says. What the machines conclude, seen by somebody who sees all disks at once.
-    pub(super) fn newly_chosen(&self, version: u64) -> Option<(usize, u64, PoolState)> {
+    pub(super) fn newly_chosen(&self, version: u64) -> Option<((usize, u64), u64, PoolState)> {
         let majority = self.records.len() / 2 + 1;
         let hosts = self.records.first().map_or(0, Vec::len);
-        let mut newest: Option<(usize, &Value)> = None;
+        let mut newest: Option<((usize, u64), &Value)> = None;
         for host in 0..hosts {
             for record in self.records.iter().filter_map(|pass| pass.get(host)) {
                 let Some(value) = record.proposed.and_then(|id| self.values.get(&id)) else {

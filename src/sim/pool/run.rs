@@ -15,6 +15,8 @@ const ENDS_MS: u64 = 30_000;
 pub struct Report {
     /// Events handled.
     pub events: u64,
+    /// Hosts of the pool.
+    pub hosts: usize,
     /// Virtual time, milliseconds.
     pub virtual_ms: u64,
     /// What came of the expectations.
@@ -51,6 +53,7 @@ pub fn run_case(case: &Case, seed: u64, trace: bool) -> Result<Report, (Violatio
     }
     Ok(Report {
         events: world.events,
+        hosts: world.hosts.len(),
         virtual_ms: world.now,
         seen: judge(&world, case, first, last),
         trace: world.log.trace,
@@ -208,7 +211,7 @@ pub fn run_seeds(case: &Case, first: u64, seeds: u64, mut progress: impl FnMut(u
         match run_case(case, seed, false) {
             Ok(report) => {
                 let hours = report.virtual_ms as f64 / 3_600_000.0;
-                summary.host_hours += hours * case.hosts.0 as f64;
+                summary.host_hours += hours * report.hosts as f64;
                 summary.events += report.events;
                 summary.resets += report.seen.times.resets;
                 all.push(report.seen.times);

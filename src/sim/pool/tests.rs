@@ -1,6 +1,7 @@
 //! Every scenario file with a few seeds.
 
-use super::run_seeds;
+use super::{run_case, run_seeds};
+use crate::ha::sabotage::{Bug, with_bug};
 use crate::sim::scenario::Scenario;
 
 /// Scenario files by name.
@@ -26,11 +27,79 @@ fn every_scenario_ends_as_it_says() {
     let mut cases = 0;
     for (file, scenario) in scenarios() {
         for case in &scenario.cases {
-            let seeds = if case.hosts.1 > 16 { 1 } else { 3 };
-            let summary = run_seeds(case, 1, seeds, |_| ());
+            // Half a minute each; `make soak` runs them.
+            if case.hosts.1 > 16 || case.run.0 > 600_000 {
+                continue;
+            }
+            let summary = run_seeds(case, 1, 3, |_| ());
             assert!(summary.is_good(), "{file}: {summary:#?}");
             cases += 1;
         }
     }
     assert!(cases > 10, "{cases}");
+}
+
+/// Faults of every kind on hosts that are reset by a watchdog, or switched off by an agent.
+const RANDOM: &str = "\
+about = \"x\"
+[[case]]
+name = \"watchdog\"
+hosts = [2, 5]
+random = { faults = 25, within = \"120 s\" }
+[[case]]
+name = \"fencing\"
+hosts = [2, 5]
+registry = \"etcd\"
+fencing = \"1 s\"
+random = { faults = 25, within = \"120 s\" }
+[[case]]
+name = \"switch dead, stalls\"
+hosts = 4
+stalls = \"2500 ms\"
+events = [\"5 s: cut the management network of all\"]
+run = \"120 s\"
+";
+
+/// The seed within a thousand that finds the bug in any of the cases.
+fn found(bug: Bug) -> Option<(String, u64)> {
+    let scenario = Scenario::parse(RANDOM, "random").unwrap();
+    with_bug(bug, || {
+        (1..=1000).find_map(|seed| {
+            scenario.cases.iter().find_map(|case| {
+                let (violation, _) = run_case(case, seed, false).err()?;
+                Some((violation.invariant.to_owned(), seed))
+            })
+        })
+    })
+}
+
+/// These take some hundred seeds, a minute and more: `make soak` sets POLLUX_SEEDS.
+#[test]
+#[allow(clippy::disallowed_methods, reason = "the size of a test may be given")]
+fn rare_bugs_put_back_are_found_within_a_thousand_seeds() {
+    if std::env::var_os("POLLUX_SEEDS").is_none() {
+        return;
+    }
+    for bug in [Bug::WatchdogArmedLate, Bug::StallUnnoticed] {
+        assert!(found(bug).is_some(), "{bug:?} is not found");
+    }
+}
+
+#[test]
+fn every_bug_put_back_is_found_within_a_thousand_seeds() {
+    let mut missed = Vec::new();
+    for bug in [
+        Bug::FenceUnconfirmed,
+        Bug::BoundWithoutLease,
+        Bug::SilenceIsDeath,
+        Bug::AnybodyDecides,
+        Bug::FarewellTooSoon,
+    ] {
+        let found = found(bug);
+        eprintln!("{bug:?}: {found:?}");
+        if found.is_none() {
+            missed.push(bug);
+        }
+    }
+    assert!(missed.is_empty(), "not found: {missed:?}");
 }

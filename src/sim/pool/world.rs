@@ -35,6 +35,8 @@ pub(super) enum Item {
     Hear(usize, u64, Path, Rc<Report>),
     /// A call to etcd takes effect.
     Etcd(usize, u64, register::Call),
+    /// The same, late, and nobody hears the answer.
+    Late(usize, u64, register::Call),
     /// A disk action ends.
     Disk(usize, u64, paxos::Started),
     /// A host's call to the statefile is looked at.
@@ -268,6 +270,9 @@ impl World {
                 self.arrive(n, life, Input::Heard { path, report });
             }
             Item::Etcd(n, life, call) => self.etcd(n, life, call),
+            Item::Late(n, life, call) => {
+                self.apply(n, life, call);
+            }
             Item::Disk(n, life, started) => self.disk(n, life, &started),
             Item::Client(n, life) => {
                 let host = &self.hosts[n];
@@ -432,16 +437,13 @@ impl World {
             // And it may take effect yet.
             if self.rng.permille(500) {
                 let late = self.now + self.rng.between(0, 4000);
-                self.push(late, Item::Etcd(n, u64::MAX, call));
+                self.push(late, Item::Late(n, life, call));
             }
             return;
         }
-        let before = register.value.clone();
-        let answer = register.apply(call);
-        let after = register.value.clone();
-        if let Some(after) = after.filter(|after| before.as_ref() != Some(after)) {
-            self.commit(n, after.version, after.value);
-        }
+        let Some(answer) = self.apply(n, life, call) else {
+            return;
+        };
         let lost = writes && self.lost_answers && self.rng.permille(50);
         let answer = if lost && matches!(answer, Input::Written(WriteOutcome::Won { .. })) {
             Input::Written(WriteOutcome::Unknown)
@@ -450,6 +452,20 @@ impl World {
         };
         let at = self.after((1, 30));
         self.push(at, Item::Input(n, life, answer));
+    }
+
+    /// A call takes effect at etcd; its answer.
+    fn apply(&mut self, n: usize, life: u64, call: register::Call) -> Option<Input> {
+        let Registry::Etcd(register) = &mut self.registry else {
+            return None;
+        };
+        let answer = register.apply(call);
+        if let Input::Written(WriteOutcome::Won { version }) = answer
+            && let Some(value) = register.value.clone()
+        {
+            self.commit((n, life), version, value.value);
+        }
+        Some(answer)
     }
 
     fn disk(&mut self, n: usize, life: u64, started: &paxos::Started) {
@@ -511,17 +527,25 @@ impl World {
     }
 
     /// A state is committed by `by`.
-    fn commit(&mut self, by: usize, version: u64, state: PoolState) {
+    fn commit(&mut self, writer: (usize, u64), version: u64, state: PoolState) {
         let before = self.committed.take().unwrap_or_default();
         self.committed_version = version;
-        self.judge_commit(by, &before, &state);
+        self.judge_commit(writer, &before, &state);
         self.committed = Some(state);
     }
 
-    fn judge_commit(&mut self, by: usize, before: &PoolState, state: &PoolState) {
+    fn judge_commit(&mut self, writer: (usize, u64), before: &PoolState, state: &PoolState) {
         let named = before.coordinator;
-        let leads = named.is_some_and(|c| usize::from(c.host.0) == by);
+        let by = writer.0;
+        let is_writer =
+            |c: crate::ha::state::Coordinator| (usize::from(c.host.0), c.incarnation.0) == writer;
+        let leads = named.is_some_and(is_writer);
+        // Whoever takes over decides about nobody in the same write.
         let takes_over = state.term > before.term;
+        if takes_over && !state.coordinator.is_some_and(is_writer) {
+            let what = format!("{} made another the coordinator", super::host::name(by));
+            self.violate("one-coordinator", what);
+        }
         if takes_over && let Some(c) = state.coordinator {
             let host = usize::from(c.host.0);
             self.log.coordinators.push((self.now, host));
@@ -546,8 +570,7 @@ impl World {
                     super::host::name(index)
                 )
             });
-            let decided = matches!(standing, Standing::Ousted | Standing::Dead(_));
-            if decided && index != by && !leads && !takes_over {
+            if index != by && !leads {
                 let what = format!(
                     "{} decided about {} ({standing:?}), and the coordinator was {named:?}",
                     super::host::name(by),
