@@ -14,6 +14,94 @@ pub(super) enum DrillCommand {
     /// connection each; the failure comes at a random moment; the report says what the
     /// clients saw and whether anything was lost. Exit status 0 only if nothing was.
     Run(Run),
+    /// Run scenario files on labs of real daemons, as far as the faults exist there.
+    ///
+    /// The same files as of `pollux sim run`; each case makes a lab of its own. A case whose faults a
+    /// lab does not have is named and left out. Exit status 0 only if all that ran went as
+    /// expected.
+    #[command(
+        after_long_help = "  pollux drill scenario scenarios/lab.toml\n  pollux drill scenario scenarios/crash.toml --case 'power fencing'"
+    )]
+    Scenario(Scenario),
+}
+
+#[derive(Args)]
+pub(super) struct Scenario {
+    /// The file.
+    file: std::path::PathBuf,
+    /// Run only the cases whose name contains this.
+    #[arg(long)]
+    case: Option<String>,
+}
+
+impl Scenario {
+    fn run(&self, json: bool) -> anyhow::Result<ExitCode> {
+        use crate::drill::scenario::{not_in_lab, run_case};
+        let text = std::fs::read_to_string(&self.file)
+            .map_err(|e| anyhow::anyhow!("cannot read {}: {e}", self.file.display()))?;
+        let name = self.file.display().to_string();
+        let scenario = crate::sim::scenario::Scenario::parse(&text, &name)?;
+        let mut outcomes = Vec::new();
+        for case in &scenario.cases {
+            if self.case.as_ref().is_some_and(|c| !case.name.contains(c)) {
+                continue;
+            }
+            if let Some(why) = not_in_lab(case) {
+                eprintln!("{}: left out, {why}", case.name);
+                continue;
+            }
+            let outcome = run_case(case, &lab_name("scenario"), None, |step| {
+                eprintln!("{}: {step}", case.name);
+            })?;
+            if !json {
+                print!("{}", outcome_text(&outcome));
+            }
+            outcomes.push(outcome);
+        }
+        if json {
+            super::print_json(&outcomes)?;
+        }
+        if outcomes.is_empty() {
+            anyhow::bail!("{name}: no case was run");
+        }
+        let good = outcomes.iter().all(|outcome| outcome.unmet.is_empty());
+        Ok(if good {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
+    }
+}
+
+fn outcome_text(outcome: &crate::drill::scenario::Outcome) -> String {
+    let seconds = |ms: Option<u64>| {
+        ms.map_or("never".into(), |ms| {
+            format!("{}.{} s", ms / 1000, ms % 1000 / 100)
+        })
+    };
+    let verdict = if outcome.unmet.is_empty() {
+        "as expected"
+    } else {
+        "NOT as expected"
+    };
+    let mut text = format!(
+        "{}: {verdict}; given up {}, VMs may restart {}, resets {}",
+        outcome.case,
+        seconds(outcome.given_up_ms),
+        seconds(outcome.may_restart_ms),
+        outcome.resets
+    );
+    if let Some(xenserver) = &outcome.xenserver {
+        text.push_str(&format!("; XenServer {xenserver}"));
+    }
+    text.push('\n');
+    for unmet in &outcome.unmet {
+        text.push_str(&format!("  {unmet}\n"));
+    }
+    for decision in &outcome.decisions {
+        text.push_str(&format!("  {decision}\n"));
+    }
+    text
 }
 
 #[derive(Args)]
@@ -114,7 +202,10 @@ fn exit(status: i32) -> ExitCode {
 }
 
 pub(super) fn run(command: DrillCommand, json: bool) -> anyhow::Result<ExitCode> {
-    let DrillCommand::Run(run) = command;
+    let run = match command {
+        DrillCommand::Run(run) => run,
+        DrillCommand::Scenario(scenario) => return scenario.run(json),
+    };
     let guest = Guest {
         memory_mib: run.memory,
         vcpus: run.vcpus,

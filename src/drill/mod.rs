@@ -14,6 +14,7 @@ pub mod links;
 pub mod log;
 pub mod report;
 pub mod run;
+pub mod scenario;
 pub mod stats;
 pub mod table;
 

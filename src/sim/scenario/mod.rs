@@ -82,17 +82,27 @@ pub enum Event {
 }
 
 impl Event {
-    /// Whether a lab has this fault.
+    /// Whether a lab with this registry has this fault.
     #[must_use]
-    pub const fn in_lab(&self) -> bool {
-        !matches!(
-            self,
-            Self::CutOneWay(..)
-                | Self::Lose(_)
-                | Self::TakeGateway(_)
-                | Self::GiveGateway(_)
-                | Self::CutNetwork(Network::Interconnect, _)
-        )
+    pub const fn in_lab(&self, registry: RegistryKind) -> bool {
+        match self {
+            Self::Crash(_)
+            | Self::PowerOn(_)
+            | Self::Freeze(..)
+            | Self::CutNetwork(Network::Management, _)
+            | Self::HealNetworks
+            | Self::StopLeader => true,
+            Self::TakeRegistry(_)
+            | Self::GiveRegistry(_)
+            | Self::TakeDisk(..)
+            | Self::GiveDisk(..) => matches!(registry, RegistryKind::Statefile { .. }),
+            Self::Cut(..)
+            | Self::CutOneWay(..)
+            | Self::CutNetwork(Network::Interconnect, _)
+            | Self::Lose(_)
+            | Self::TakeGateway(_)
+            | Self::GiveGateway(_) => false,
+        }
     }
 
     /// Hosts it is about.
@@ -149,4 +159,23 @@ pub enum Expect {
     AllMembers(Millis),
     /// How its death is proved.
     Proved(Who, ProofKind),
+}
+
+impl Expect {
+    /// By when it must have come, if it says so.
+    #[must_use]
+    pub const fn limit(&self) -> Option<Millis> {
+        match self {
+            Self::MayRestart(_, limit)
+            | Self::Resets(_, limit)
+            | Self::GivenUp(_, limit)
+            | Self::AnotherCoordinates(limit)
+            | Self::AllMembers(limit) => Some(*limit),
+            Self::NoRestart(_)
+            | Self::NobodyResets
+            | Self::NobodyElseResets
+            | Self::Stays(_)
+            | Self::Proved(..) => None,
+        }
+    }
 }
