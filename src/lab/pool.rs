@@ -24,8 +24,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// From a reset by the watchdog until the host has power again.
-pub(super) const BOOT_TIME: Duration = Duration::from_secs(8);
+/// From a reset by the watchdog until the host has power again: as firmware takes, and long after
+/// the watchdog bound, so that a death is proved by it and not by the next life.
+pub(super) const BOOT_TIME: Duration = Duration::from_secs(20);
 /// A watchdog that does not listen by then will not.
 const WATCHDOG_UP: Duration = Duration::from_secs(5);
 /// Between two looks whether it does.
