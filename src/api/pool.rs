@@ -150,7 +150,7 @@ pub struct RestartView {
     pub from: String,
     /// Where it is to run; none if it is left down.
     pub to: Option<String>,
-    /// `ordered`, `started`, `left`.
+    /// `ordered`, `runs` (on the answering host), `left`.
     pub state: String,
     /// Why there, or why not.
     pub cause: String,

@@ -78,7 +78,7 @@ pub(super) fn run(command: SimCommand, json: bool) -> anyhow::Result<ExitCode> {
             .map(|case| {
                 let (first, seeds) = match run.seed {
                     Some(seed) => (seed, 1),
-                    None => (1, run.seeds),
+                    None => (1, run.seeds.min(case.seeds_max.unwrap_or(u64::MAX))),
                 };
                 let shows = std::io::stderr().is_terminal();
                 let summary = run_seeds(case, first, seeds, |done| {

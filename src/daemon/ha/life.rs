@@ -7,7 +7,7 @@ use super::isolating::{Manner, stop_all};
 use super::storage::{self, StorageBeats};
 use super::watchdog::HostWatchdog;
 use super::{Event, Setup};
-use crate::beat::{Inbox, Network, NetworkIndex, Peer, Transport, TransportConfig};
+use crate::beat::{Inbox, Network, NetworkIndex, Peer, Transport, TransportConfig, load_keys};
 use crate::fence::job::{Job, Outcome};
 use crate::fence::watchdog::BootNs;
 use crate::ha::machine::{Action, Config, Input, Local, Machine, Phase, WriteOutcome};
@@ -17,11 +17,14 @@ use crate::ha::time::Millis;
 use crate::pool::{HostId, Incarnation};
 use crate::registry::{CasOutcome, RegistryError, Versioned};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
 /// How long the ear waits before it looks whether its transport has stopped.
 const EAR_PATIENCE: Duration = Duration::from_secs(1);
+/// Between two looks for a change of the pool's keys.
+const KEYS_EVERY: Millis = Millis(2000);
 /// Of the time until the watchdog fires, kept back for what comes after stopping the VMs.
 const STOP_RESERVE: Millis = Millis(1000);
 
@@ -46,6 +49,7 @@ pub(super) struct Life<'a> {
     inbox: Receiver<Event>,
     tell: Sender<Event>,
     next_tick: Millis,
+    next_keys: Millis,
     registry_error: Option<String>,
     failed: Option<String>,
     leaving: bool,
@@ -77,7 +81,7 @@ impl<'a> Life<'a> {
         let (transport, ear) = Transport::start(TransportConfig {
             me: setup.host.clone(),
             incarnation,
-            keys: setup.keys.clone(),
+            keys: super::lock(&setup.keys).clone(),
             networks,
             peers,
             period: duration(timing.period),
@@ -89,7 +93,7 @@ impl<'a> Life<'a> {
                 options,
                 me: setup.host.clone(),
                 incarnation,
-                keys: setup.keys.clone(),
+                keys: Arc::clone(&setup.keys),
                 period: duration(timing.period),
                 tell: tell.clone(),
             })
@@ -118,6 +122,7 @@ impl<'a> Life<'a> {
             inbox,
             tell,
             next_tick: boot_now(),
+            next_keys: boot_now(),
             registry_error: None,
             failed: None,
             leaving: false,
@@ -165,8 +170,33 @@ impl<'a> Life<'a> {
         };
         self.input(Input::Local(local));
         self.poll_fences();
+        self.look_for_keys(now);
         self.input(Input::Tick);
         self.show();
+    }
+
+    /// `pollux pool key` changes the keys in the state folder.
+    fn look_for_keys(&mut self, now: Millis) {
+        if now < self.next_keys {
+            return;
+        }
+        self.next_keys = now + KEYS_EVERY;
+        match load_keys(&self.setup.state_dir) {
+            Ok(Some(found)) => {
+                let mut keys = super::lock(&self.setup.keys);
+                if found != *keys {
+                    tracing::info!(
+                        "the pool's keys have changed; the present is {}",
+                        found.present().0
+                    );
+                    self.transport.set_keys(&found);
+                    *keys = found;
+                }
+            }
+            // Those in use go on; the command that damaged the file has said so.
+            Ok(None) => {}
+            Err(e) => tracing::warn!("the pool's keys: {e}"),
+        }
     }
 
     fn take(&mut self, event: Event) {

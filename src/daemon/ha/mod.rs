@@ -81,7 +81,8 @@ struct Setup {
     id: HostId,
     state_dir: std::path::PathBuf,
     pool: PoolConfig,
-    keys: PoolKeys,
+    /// As the state folder has them; shared with the thread of storage heartbeats.
+    keys: Arc<Mutex<PoolKeys>>,
     fencing: Option<FenceConfig>,
     statefile: Option<StatefileOptions>,
     gateway: Option<GatewayProbe>,
@@ -158,7 +159,7 @@ impl Membership {
             id: HostId(own.id),
             state_dir: config.state_dir.clone(),
             pool: pool.clone(),
-            keys,
+            keys: Arc::new(Mutex::new(keys)),
             fencing: fencing.transpose()?,
             statefile,
             gateway: gateway.transpose()?,

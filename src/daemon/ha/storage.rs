@@ -12,6 +12,7 @@ use crate::registry::statefile::StatefileOptions;
 use crate::registry::statefile::{Beats, HeardBeat};
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// All disks of the statefile are one place to the sealer.
@@ -24,7 +25,7 @@ pub(super) struct Setup {
     pub(super) options: StatefileOptions,
     pub(super) me: HostName,
     pub(super) incarnation: Incarnation,
-    pub(super) keys: PoolKeys,
+    pub(super) keys: Arc<Mutex<PoolKeys>>,
     pub(super) period: Duration,
     pub(super) tell: Sender<Event>,
 }
@@ -76,14 +77,25 @@ fn run(setup: &Setup, reports: &Receiver<Vec<u8>>) {
     }
 }
 
+fn now(keys: &Mutex<PoolKeys>) -> PoolKeys {
+    keys.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
 fn serve(setup: &Setup, mut beats: Beats, reports: &Receiver<Vec<u8>>) {
-    let sealer = Sealer::new(setup.me.clone(), setup.incarnation, &setup.keys);
-    let mut opener = Opener::new(&setup.keys);
+    let mut keys = now(&setup.keys);
+    let mut sealer = Sealer::new(setup.me.clone(), setup.incarnation, &keys);
+    let mut opener = Opener::new(&keys);
     let slot = setup.options.slot;
     let mut sequence = 0;
     let mut faults = BTreeMap::new();
     while let Ok(report) = reports.recv() {
         sequence += 1;
+        let newest = now(&setup.keys);
+        if newest != keys {
+            sealer.set_keys(&newest);
+            opener.set_keys(&newest);
+            keys = newest;
+        }
         match sealer.seal(PLACE, Slot(slot.0), Sequence(sequence), &report) {
             Ok(block) => {
                 // What a disk says is told by the read below, or by the other hosts.
@@ -91,8 +103,8 @@ fn serve(setup: &Setup, mut beats: Beats, reports: &Receiver<Vec<u8>>) {
             }
             Err(e) => tracing::error!("a report cannot be sealed for storage: {e}"),
         }
-        let (heard, now) = beats.read_heartbeats(setup.period);
-        for (disk, fault) in now.iter().enumerate() {
+        let (heard, faulty) = beats.read_heartbeats(setup.period);
+        for (disk, fault) in faulty.iter().enumerate() {
             note(&mut faults, disk, fault.as_ref().map(ToString::to_string));
         }
         for beat in heard.iter().filter(|beat| beat.host != slot) {

@@ -149,14 +149,16 @@ impl Host {
             .gate
             .permit()
             .map_err(|why| refused(format!("VM `{name}` cannot be started here: {why}")))?;
-        self.start_worker(spec, shared, |spec| self.claim_start(spec, force))
+        self.start_worker(spec, shared, false, |spec| self.claim_start(spec, force))
     }
 
-    /// Start a VM that this host may start: `claim` wins the right to.
+    /// Start a VM that this host may start: `claim` wins the right to. One that is tried `again`
+    /// if it does not come up is left as one that is to run.
     fn start_worker(
         &self,
         spec: Arc<VmSpec>,
         shared: Arc<Shared>,
+        again: bool,
         claim: impl FnOnce(&VmSpec) -> Result<Versioned<VmRecord>, ApiError>,
     ) -> Result<Done, ApiError> {
         let name = &spec.name;
@@ -179,7 +181,7 @@ impl Host {
         worker::start(
             Arc::clone(&self.env),
             config,
-            Begin::Primary { record },
+            Begin::Primary { record, again },
             shared,
             move |r| {
                 let _ = tx.send(r);
@@ -227,7 +229,7 @@ impl Host {
                 ClaimOutcome::Unreachable { reason } => Err(refused(reason)),
             }
         };
-        self.start_worker(spec, shared, claim)
+        self.start_worker(spec, shared, true, claim)
             .map(drop)
             .map_err(|e| e.error)
     }

@@ -293,6 +293,9 @@ pub enum Begin {
     Primary {
         /// The record.
         record: Versioned<VmRecord>,
+        /// If it does not come up it is tried again: the record goes on to say that it is to
+        /// run.
+        again: bool,
     },
     /// Wait here as the standby of `primary`.
     Standby {
@@ -368,7 +371,7 @@ fn run(
     started: impl FnOnce(Result<(), String>),
 ) {
     let promoted = match begin {
-        Begin::Primary { record } => {
+        Begin::Primary { record, again } => {
             match primary::PrimarySide::boot(env, config, record.clone(), shared) {
                 Ok(side) => {
                     started(Ok(()));
@@ -376,7 +379,9 @@ fn run(
                 }
                 Err(reason) => {
                     shared.event(format!("not started: {reason}"));
-                    give_up_start(env, config, &record);
+                    if !again {
+                        give_up_start(env, config, &record);
+                    }
                     return started(Err(reason));
                 }
             }

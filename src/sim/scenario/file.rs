@@ -60,6 +60,8 @@ pub struct Case {
     pub random: Option<Random>,
     /// How long it is watched after the last event.
     pub run: Millis,
+    /// It is run with no more seeds than this: long cases say so.
+    pub seeds_max: Option<u64>,
     /// What must come of it, and the sentence.
     pub expect: Vec<(Expect, String)>,
     /// What XenServer's daemon was measured to do.
@@ -97,6 +99,7 @@ struct RawCase {
     random: Option<RawRandom>,
     #[serde(default = "default_run")]
     run: String,
+    seeds_max: Option<u64>,
     #[serde(default)]
     expect: Vec<String>,
     xenserver: Option<String>,
@@ -126,7 +129,8 @@ fn default_run() -> String {
     "60 s".into()
 }
 
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 16] = [
+    "seeds_max",
     "about",
     "case",
     "name",
@@ -246,6 +250,7 @@ impl RawCase {
             events,
             random,
             run: duration(&self.run)?,
+            seeds_max: self.seeds_max,
             expect,
             xenserver: self.xenserver,
             name: self.name,
