@@ -62,7 +62,7 @@ bench: setup
 
 soak: build
 	$(POLLUX) sim run scenarios/ --seeds $(SEEDS)
-	POLLUX_SEEDS=$(SEEDS) $(CARGO) test --locked -p pollux sim -- --nocapture
+	POLLUX_SEEDS=$(SEEDS) $(CARGO) test --locked -p pollux sim -- --nocapture --include-ignored
 	POLLUX_MODEL_STEPS=$(MODEL_STEPS) $(CARGO) test --locked -p pollux --lib statefile::model -- --nocapture
 
 fuzz: setup

@@ -194,6 +194,17 @@ impl Plan {
         });
     }
 
+    /// Forget orders that are open (not `done`) and went nowhere, or to a host that is not `there`
+    /// any more: their VMs are to be placed anew.
+    pub fn forget_open(
+        &mut self,
+        done: impl Fn(&Order) -> bool,
+        there: impl Fn(&HostName) -> bool,
+    ) {
+        let stays = |order: &Order| order.to.as_ref().is_some_and(&there);
+        self.orders.retain(|order| done(order) || stays(order));
+    }
+
     /// Whether there is an order for this version of a VM's record already.
     #[must_use]
     pub fn has(&self, vm: VmId, version: u64) -> bool {
@@ -302,6 +313,12 @@ mod tests {
         plan.forget(|order| order.number < 100);
         assert_eq!(plan.orders.len(), 28 + 64);
         assert_eq!(plan.orders[0].number, 36);
+        // One that went to a host that is gone is placed anew; what is done is kept.
+        let mut gone = plan.clone();
+        gone.forget_open(|order| order.number < 100, |_| false);
+        assert_eq!(gone.orders.len(), 64);
+        gone.forget_open(|_| false, |to| *to == host("b"));
+        assert_eq!(gone.orders.len(), 64);
         let bytes = plan.to_bytes();
         assert!(bytes.len() < 64 << 10, "{}", bytes.len());
         assert_eq!(Plan::from_bytes(&bytes), Ok(plan));

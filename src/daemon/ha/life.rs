@@ -300,13 +300,9 @@ impl<'a> Life<'a> {
             Action::PetUntil(until) => self.pet_until(until),
             Action::Fence { host, incarnation } => self.fence(host, incarnation),
             Action::StopVms { why } => self.stop_vms(why),
-            Action::MayRestart {
-                host,
-                incarnation,
-                proof,
-            } => {
+            Action::MayRestart { host, proof, .. } => {
                 tracing::warn!("the VMs of {} may be restarted: {proof}", self.name(host));
-                self.setup.restarts.may_restart(host, incarnation, proof);
+                self.setup.restarts.may_restart();
             }
             Action::Alert(text) => {
                 tracing::error!("{text}");
@@ -390,25 +386,28 @@ impl<'a> Life<'a> {
 
     fn fence(&mut self, host: HostId, incarnation: Incarnation) {
         let name = self.setup.pool.host_by_id(host).map(|host| &host.name);
-        let (Some(config), Some(name)) = (&self.setup.fencing, name) else {
-            return;
+        let started = match (&self.setup.fencing, name) {
+            (Some(config), Some(name)) => {
+                tracing::warn!("switching host {name} off");
+                Job::start(config, name).map_err(|e| e.to_string())
+            }
+            _ => Err(format!(
+                "host {host} cannot be fenced: [pool] does not name it"
+            )),
         };
-        tracing::warn!("switching host {name} off");
-        match Job::start(config, name) {
+        match started {
             Ok(job) => {
                 self.fences.insert((host, incarnation), job);
             }
-            Err(e) => {
-                self.setup.shown.alert(e.to_string());
-                tracing::error!("{e}");
-                let _ = self.machine.handle(
-                    boot_now(),
-                    Input::Fenced {
-                        host,
-                        incarnation,
-                        confirmed: false,
-                    },
-                );
+            Err(reason) => {
+                tracing::error!("{reason}");
+                self.setup.shown.alert(reason);
+                // Asked again after a while, not at once.
+                self.input(Input::Fenced {
+                    host,
+                    incarnation,
+                    confirmed: false,
+                });
             }
         }
     }

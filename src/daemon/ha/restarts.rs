@@ -26,7 +26,7 @@ use crate::ha::restart::{Candidate, Order, PLAN_KEY, Plan, Target, place};
 use crate::ha::state::{PoolState, Proof, STATE_KEY, Standing};
 use crate::mirror::VmRecord;
 use crate::pool::spec::{Protection, VmSpec};
-use crate::pool::{HostId, HostName, Incarnation, VmId};
+use crate::pool::{HostId, HostName, VmId};
 use crate::registry::{CasOutcome, Registry, Versioned};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -42,11 +42,8 @@ const OWN_EVERY: u32 = 5;
 const RETRY_MIN: Duration = Duration::from_secs(5);
 const RETRY_MAX: Duration = Duration::from_secs(300);
 
-/// A life whose VMs may be restarted.
-type Dead = (HostId, Incarnation, Proof);
-
 /// The way to the thread; it ends when this is dropped.
-pub(super) struct Restarts(Sender<Dead>);
+pub(super) struct Restarts(Sender<()>);
 
 /// What the thread needs.
 pub(super) struct Setup {
@@ -88,16 +85,16 @@ impl Restarts {
         Ok(Self(tell))
     }
 
-    /// The VMs that this life of the host ran may be restarted elsewhere.
-    pub(super) fn may_restart(&self, host: HostId, incarnation: Incarnation, proof: Proof) {
-        let _ = self.0.send((host, incarnation, proof));
+    /// The VMs of some host may be restarted elsewhere: look now.
+    pub(super) fn may_restart(&self) {
+        let _ = self.0.send(());
     }
 }
 
 struct Runner {
     setup: Setup,
-    /// Lives whose VMs are not all ordered yet.
-    dead: BTreeMap<(HostId, Incarnation), Proof>,
+    /// VMs of some host may be restarted, and are not all ordered yet.
+    told: bool,
     /// When each order was first seen here.
     seen: BTreeMap<u64, Instant>,
     /// VMs that did not start: when they are tried again, and the wait after that.
@@ -119,7 +116,7 @@ impl Runner {
     fn new(setup: Setup) -> Self {
         Self {
             setup,
-            dead: BTreeMap::new(),
+            told: false,
             seen: BTreeMap::new(),
             retry: BTreeMap::new(),
             facts_told: false,
@@ -127,14 +124,12 @@ impl Runner {
         }
     }
 
-    fn run(mut self, told: &Receiver<Dead>) {
+    fn run(mut self, told: &Receiver<()>) {
         loop {
             match told.recv_timeout(LOOK_EVERY) {
-                Ok((host, incarnation, proof)) => {
-                    self.dead.insert((host, incarnation), proof);
-                    while let Ok((host, incarnation, proof)) = told.try_recv() {
-                        self.dead.insert((host, incarnation), proof);
-                    }
+                Ok(()) => {
+                    self.told = true;
+                    while told.try_recv().is_ok() {}
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
@@ -165,8 +160,11 @@ impl Runner {
         if !self.facts_told {
             self.tell_facts()?;
         }
-        if !self.dead.is_empty() {
+        if std::mem::take(&mut self.told) || self.looks.is_multiple_of(OWN_EVERY) {
+            // Until it is done it is to be done again.
+            self.told = true;
             self.order()?;
+            self.told = false;
         }
         let plan = self
             .registry(read_plan)?
@@ -193,38 +191,40 @@ impl Runner {
         Ok(())
     }
 
-    /// Order the VMs of dead hosts to be started.
+    /// Order the VMs of dead hosts to be started, if this host coordinates: those that are not
+    /// ordered yet, and those whose order went to a host that is no member any more or nowhere.
     fn order(&mut self) -> Result<(), String> {
         let found = self.registry(find)?;
+        let leads = found.state.coordinator.map(|coordinator| coordinator.host);
+        if leads != Some(self.setup.id) {
+            return Ok(());
+        }
         let mut plan = found
             .plan
             .as_ref()
             .map(|plan| plan.value.clone())
             .unwrap_or_default();
+        let targets = targets(&found);
+        // Two orders for one version of a record: one of them starts the VM.
+        plan.forget_open(
+            |order| is_void(order, &found.records),
+            |to| targets.iter().any(|target| target.host == *to),
+        );
         plan.forget(|order| is_void(order, &found.records));
-        let mut done = Vec::new();
-        for (life, proof) in &self.dead {
-            let Some(member) = found.state.members.get(&life.0) else {
-                continue;
+        for member in found.state.members.values() {
+            let proof = match member.standing {
+                Standing::Dead(proof) => proof,
+                Standing::Away => Proof::Farewell,
+                Standing::In | Standing::Ousted => continue,
             };
-            if member.incarnation > life.1 {
-                // A later life of it: what it runs is its own affair, or that life's end's.
-                done.push(*life);
-                continue;
-            }
-            if !matches!(member.standing, Standing::Dead(_) | Standing::Away) {
-                continue;
-            }
             let vms = candidates(&found, &member.name, &plan);
-            let targets = targets(&found);
-            if place(&mut plan, &member.name, &proof.to_string(), vms, &targets) {
-                done.push(*life);
-            }
+            place(&mut plan, &member.name, &proof.to_string(), vms, &targets);
         }
         let before = found.plan.as_ref().map(|plan| &plan.value);
         if before != Some(&plan) && !(before.is_none() && plan.orders.is_empty()) {
             for order in plan.orders.iter().filter(|order| order.to.is_none()) {
-                if before.is_none_or(|before| !before.orders.contains(order)) {
+                let told = |known: &Order| known.vm == order.vm && known.to.is_none();
+                if before.is_none_or(|before| !before.orders.iter().any(told)) {
                     let text = format!("VM `{}` stays down: {}", order.name, order.cause);
                     tracing::error!("{text}");
                     self.setup.shown.alert(text);
@@ -240,9 +240,6 @@ impl Runner {
             if !matches!(won, CasOutcome::Won { .. }) {
                 return Err("another was faster; tried again".into());
             }
-        }
-        for life in done {
-            self.dead.remove(&life);
         }
         Ok(())
     }
