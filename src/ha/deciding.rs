@@ -38,6 +38,8 @@ pub(super) struct Oustings {
     missed: BTreeMap<HostId, Millis>,
     /// Since when there is no coordinator.
     leaderless: Option<Millis>,
+    /// Since when these are to be admitted, or taken from the voters.
+    unadmitted: Option<(Millis, usize)>,
 }
 
 impl Oustings {
@@ -74,6 +76,22 @@ impl Oustings {
         }
     }
 
+    /// Whether it is time to admit: many that join together are admitted with one write.
+    fn is_time_to_admit(&mut self, state: &PoolState, wait: Millis, now: Millis) -> bool {
+        if state.is_admitted() {
+            self.unadmitted = None;
+            return false;
+        }
+        let members = state.members_in().count();
+        match self.unadmitted {
+            Some((since, then)) if then == members => now.since(since) >= wait,
+            _ => {
+                self.unadmitted = Some((now, members));
+                false
+            }
+        }
+    }
+
     /// For how long `host` has been missed, if it is `missing` now.
     fn missed_for(&mut self, host: HostId, missing: bool, now: Millis) -> Millis {
         if !missing {
@@ -97,8 +115,8 @@ pub(super) struct View<'a> {
     /// Of this host and of all that it hears.
     pub(super) reports: &'a BTreeMap<HostId, &'a Report>,
     pub(super) contacts: &'a Contacts,
-    /// Whether this host may oust others.
-    pub(super) settled: bool,
+    /// Whether this host may oust others, and admit who joined.
+    pub(super) may_give_up: bool,
 }
 
 /// What follows.
@@ -137,7 +155,11 @@ pub(super) fn decide(view: &View<'_>, oustings: &mut Oustings) -> Decided {
             oustings.leaderless = None;
             coordinate(view, &verdicts, oustings)
         }
-        Some(c) if view.state.is_in(c.host, c.incarnation) && is_able(view, &verdicts, c.host) => {
+        Some(c)
+            if view.state.is_in(c.host, c.incarnation)
+                && is_able(view, &verdicts, c.host)
+                && is_entitled(view, &verdicts, c) =>
+        {
             oustings.leaderless = None;
             if sabotaged(Bug::AnybodyDecides) {
                 return coordinate(view, &verdicts, oustings);
@@ -156,6 +178,35 @@ fn is_able(view: &View<'_>, verdicts: &BTreeMap<HostId, Verdict>, host: HostId) 
         !report.farewell && age.is_some_and(|age| age < view.config.timing.lease)
     };
     verdicts.get(&host) == Some(&Verdict::Stays) && view.reports.get(&host).is_none_or(able)
+}
+
+/// Whether a coordinator is a voter, or no voter that could take its place is heard.
+fn is_entitled(
+    view: &View<'_>,
+    verdicts: &BTreeMap<HostId, Verdict>,
+    coordinator: Coordinator,
+) -> bool {
+    let state = view.state;
+    state.is_voter(coordinator.host, coordinator.incarnation)
+        || state.is_orphaned()
+        || !view
+            .reports
+            .keys()
+            .any(|host| is_fit(view, verdicts, *host) && votes(view, *host))
+}
+
+fn votes(view: &View<'_>, host: HostId) -> bool {
+    let life = view.reports.get(&host).map(|report| report.incarnation);
+    life.is_some_and(|life| view.state.is_voter(host, life))
+}
+
+/// Whether a host could coordinate.
+fn is_fit(view: &View<'_>, verdicts: &BTreeMap<HostId, Verdict>, host: HostId) -> bool {
+    let fit = |report: &&Report| {
+        let age = report.registry.age;
+        !report.farewell && age.is_some_and(|age| age < view.config.timing.network_lost)
+    };
+    verdicts.get(&host) == Some(&Verdict::Stays) && view.reports.get(&host).is_some_and(fit)
 }
 
 fn reaches_gateway(view: &View<'_>) -> bool {
@@ -179,15 +230,10 @@ fn elect(
     oustings: &mut Oustings,
 ) -> Decided {
     let since = *oustings.leaderless.get_or_insert(view.now);
-    let fit = |host: &HostId| {
-        let report = view.reports[host];
-        let age = report.registry.age;
-        verdicts.get(host) == Some(&Verdict::Stays)
-            && !report.farewell
-            && age.is_some_and(|age| age < view.config.timing.network_lost)
-    };
-    let first = view.reports.keys().find(|host| fit(host));
-    if first != Some(&view.config.me) || view.now.since(since) < hesitation(view) {
+    let fit = view.reports.keys().copied();
+    let mut fit: Vec<HostId> = fit.filter(|host| is_fit(view, verdicts, *host)).collect();
+    fit.sort_by_key(|host| (!votes(view, *host), *host));
+    if fit.first() != Some(&view.config.me) || view.now.since(since) < hesitation(view) {
         return Decided::default();
     }
     let before = view.state.coordinator.map(|c| c.host);
@@ -197,7 +243,7 @@ fn elect(
                 format!("coordinator {} is gone: {why}", view.state.name(host))
             }
             _ => format!(
-                "coordinator {} is no member any more, or does not reach the registry",
+                "coordinator {} is no member any more, does not reach the registry, or may not decide",
                 view.state.name(host)
             ),
         },
@@ -217,7 +263,10 @@ fn coordinate(
     oustings: &mut Oustings,
 ) -> Decided {
     let mut next = view.state.clone();
+    let wait = Millis(view.config.timing.period.0 * 2);
+    let admits = view.may_give_up && oustings.is_time_to_admit(view.state, wait, view.now);
     let changes = [
+        admits,
         oust(view, verdicts, oustings, &mut next),
         prove(view, oustings, &mut next),
     ];
@@ -273,7 +322,7 @@ fn oust(
             Verdict::Goes(why) | Verdict::Lost(why) => Some(why),
         };
         let missed = oustings.missed_for(*host, why.is_some(), view.now);
-        let Some(why) = why.filter(|_| view.settled && missed >= hesitation(view)) else {
+        let Some(why) = why.filter(|_| view.may_give_up && missed >= hesitation(view)) else {
             continue;
         };
         if next.become_standing(*host, Standing::Ousted) {
@@ -296,8 +345,10 @@ fn prove(view: &View<'_>, oustings: &Oustings, next: &mut PoolState) -> bool {
     let mut changed = false;
     for (host, member) in &view.state.members {
         let life = (*host, member.incarnation);
+        // What is heard of its next life began with nothing running.
         let farewell = view.contacts.get(*host).is_some_and(|contact| {
-            contact.report.incarnation == member.incarnation && contact.report.farewell
+            contact.report.incarnation > member.incarnation
+                || contact.report.incarnation == member.incarnation && contact.report.farewell
         });
         let (standing, what) = match member.standing {
             Standing::In if farewell => (Standing::Away, "away"),

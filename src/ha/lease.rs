@@ -68,10 +68,16 @@ impl Lease {
 
     /// A member vouches for report `seq` of this incarnation.
     pub fn vouched(&mut self, seq: Seq) {
-        if let Some((_, at)) = self.sent.iter().find(|(sent, _)| *sent == seq) {
-            let at = *at;
+        if let Some(at) = self.sent_at(seq) {
             self.earn(at);
         }
+    }
+
+    /// When report `seq` of this incarnation was sent, if that is still remembered.
+    #[must_use]
+    pub fn sent_at(&self, seq: Seq) -> Option<Millis> {
+        let sent = self.sent.iter().find(|(sent, _)| *sent == seq);
+        sent.map(|(_, at)| *at)
     }
 
     fn earn(&mut self, from: Millis) {

@@ -12,13 +12,7 @@
 //! [`Action::Over`] the next one begins with nothing running.
 //!
 //! Besides own reads and vouches ([`super::lease`]) there is a third way to a lease, for a
-//! pool that lost its registry whole: **every other member that is in** has heard report s of
-//! this host and says that it has seen no newer state than this host, and has no write under
-//! way or in doubt. Whoever ousts this host later did it after saying so, so after s was sent,
-//! and the argument of the lease holds. One that joins meanwhile ousts nobody before a member
-//! of before has seen it join ([`Machine::is_settled`]), and then that member does not say so any
-//! more. With one member silent this way is closed: without registry, the pool survives no
-//! further death.
+//! pool that lost its registry whole: the word of the other voters ([`super::pact`]).
 //!
 //! Must never: earn a lease from when an answer came, decide by a state it read before it
 //! stood still, restart anything before the proof is committed.
@@ -27,6 +21,7 @@ use super::deciding::{self, Oustings};
 use super::detector::{Contacts, PathVerdict};
 use super::lease::Lease;
 use super::liveset::{Verdict, judge};
+use super::pact::{Own, Pact};
 use super::report::{Path, RegistryView, Report};
 use super::sabotage::{Bug, sabotaged};
 use super::state::{Member, PoolState, Proof, Standing};
@@ -206,11 +201,9 @@ pub struct Machine {
     writing: Option<(Millis, PoolState)>,
     /// A write whose fate is unknown: the version that it expected.
     doubt: Option<u64>,
-    /// The first version that showed this life as a member.
-    joined_at: Option<u64>,
-    /// Who was in when this host asked to join.
-    peers_at_join: BTreeSet<(HostId, Incarnation)>,
-    settled: bool,
+    pact: Pact,
+    /// When the newest successful read began, or this life did.
+    registry_at: Millis,
     oustings: Oustings,
     told_restart: BTreeSet<(HostId, Incarnation)>,
     over: bool,
@@ -233,9 +226,8 @@ impl Machine {
             state: None,
             writing: None,
             doubt: None,
-            joined_at: None,
-            peers_at_join: BTreeSet::new(),
-            settled: false,
+            pact: Pact::default(),
+            registry_at: now,
             oustings: Oustings::default(),
             told_restart: BTreeSet::new(),
             over: false,
@@ -293,6 +285,7 @@ impl Machine {
     /// Something happened at `now`; what is to be done, in this order.
     pub fn handle(&mut self, now: Millis, input: Input) -> Vec<Action> {
         let mut actions = Vec::new();
+        self.keep_promise(now, &mut actions);
         match input {
             Input::Tick => self.tick(now, &mut actions),
             Input::Heard { path, report } => self.heard(now, path, report),
@@ -338,6 +331,7 @@ impl Machine {
         }
         self.seq.0 += 1;
         self.lease.sent(self.seq, now);
+        self.promise(now);
         actions.push(Action::Publish(self.report(now)));
         if self.reading.is_none() && self.writing.is_none() {
             self.reading = Some((now, self.contacts.newest()));
@@ -367,6 +361,12 @@ impl Machine {
                     None => IN_DOUBT,
                 },
                 vouches: self.vouches.clone(),
+                promise: self.pact.promises(),
+                promised: self
+                    .state
+                    .as_ref()
+                    .map(|state| self.pact.promised(state))
+                    .unwrap_or_default(),
             },
             storage_ok: self.local.storage_ok,
             standby_lag: self.local.standby_lag,
@@ -388,58 +388,77 @@ impl Machine {
         {
             self.lease.vouched(*seq);
         }
+        self.pact.heard(&report);
         self.contacts.heard(now, path, report);
-        self.settle(now);
-        if let Some(seq) = self.known_to_all(now) {
+        self.hear_word();
+    }
+
+    /// What others say may be an acknowledgement of a promise, or a word to go on by.
+    fn hear_word(&mut self) {
+        let Some(state) = &self.state else {
+            return;
+        };
+        let newest = self.contacts.iter().map(|(host, c)| (host, &c.report));
+        let heard = newest.collect();
+        let own = Own {
+            me: (self.config.me, self.config.incarnation),
+            timing: &self.config.timing,
+            state,
+            heard: &heard,
+        };
+        let lease = &self.lease;
+        self.pact
+            .acknowledged(own.me, &heard, |seq| lease.sent_at(seq));
+        let known = self.writing.is_none() && self.doubt.is_none();
+        let by = self.pact.goes_on_by(own, self.seq).filter(|_| known);
+        if let Some(seq) = by {
             self.lease.vouched(seq);
         }
     }
 
-    /// The newest own report that every other member has heard, if none of them has seen a
-    /// newer state than this host or has a write under way or in doubt.
-    fn known_to_all(&self, now: Millis) -> Option<Seq> {
-        let state = self.state.as_ref()?;
-        let me = (self.config.me, self.config.incarnation);
-        if !state.value.is_in(me.0, me.1) {
-            return None;
-        }
-        let mut known: Option<Seq> = None;
-        for (host, member) in state.value.members_in() {
-            if host == me.0 {
-                continue;
-            }
-            let contact = self.contacts.get(host)?;
-            let report = &contact.report;
-            let heard = report.heard.get(&me.0).filter(|h| h.incarnation == me.1)?;
-            let says_so = self.contacts.is_heard(host, member.incarnation, now)
-                && report.registry.version <= state.version;
-            if !says_so {
-                return None;
-            }
-            known = Some(known.map_or(heard.seq, |known| known.min(heard.seq)));
-        }
-        known
-    }
-
-    /// Whether a member of the state that this host joined has seen it join, or there was none;
-    /// see the module. Until then this host ousts nobody.
-    #[must_use]
-    pub fn is_settled(&self) -> bool {
-        self.settled
-    }
-
-    fn settle(&mut self, now: Millis) {
-        let Some(joined) = self.joined_at else {
+    /// Before a report is sent: does it promise?
+    fn promise(&mut self, now: Millis) {
+        self.pact.promise_nothing();
+        let timing = &self.config.timing;
+        let known = self.writing.is_none() && self.doubt.is_none();
+        let lost = now.since(self.registry_at) >= timing.registry_lost();
+        let Some(state) = self.state.as_ref().filter(|_| known && lost) else {
             return;
         };
-        self.settled |= self.peers_at_join.is_empty()
-            || self.peers_at_join.iter().any(|(host, life)| {
-                self.contacts.is_heard(*host, *life, now)
-                    && self.contacts.get(*host).is_some_and(|contact| {
-                        let version = contact.report.registry.version;
-                        version >= joined && version != IN_DOUBT
-                    })
-            });
+        let newest = self.contacts.iter().map(|(host, c)| (host, &c.report));
+        let own = Own {
+            me: (self.config.me, self.config.incarnation),
+            timing,
+            state,
+            heard: &newest.collect(),
+        };
+        let stopped = matches!(self.phase, Phase::Stopping { .. } | Phase::Stopped { .. });
+        let lease = &self.lease;
+        self.pact
+            .promise(own, now, stopped, |seq| lease.sent_at(seq));
+    }
+
+    /// A host that promised and is heard by no majority stops for good.
+    fn keep_promise(&mut self, now: Millis, actions: &mut Vec<Action>) {
+        let lives = matches!(self.phase, Phase::Joining | Phase::Member);
+        if lives && !self.pact.is_kept(&self.config.timing, now) {
+            let why = format!(
+                "without the registry this host promised to give nobody up, and for {} no majority of the pool has heard it: the others may go on without it",
+                self.config.timing.lease
+            );
+            self.stop(why, actions);
+        }
+    }
+
+    /// Whether this host may give others up, and admit who joined.
+    #[must_use]
+    pub fn may_give_up(&self) -> bool {
+        let (me, life) = (self.config.me, self.config.incarnation);
+        let may = |state: &Versioned<PoolState>| {
+            state.value.is_voter(me, life) || state.value.is_orphaned()
+        };
+        let joiner = sabotaged(Bug::JoinerDecides);
+        self.state.as_ref().is_some_and(may) && !self.pact.binds() || joiner
     }
 
     fn read(
@@ -455,6 +474,7 @@ impl Machine {
             return;
         };
         // A machine that stood still meanwhile goes by the next read.
+        self.registry_at = self.registry_at.max(began);
         if self.contacts.listens_since(began) {
             self.read_at = self.read_at.max(Some(began));
         }
@@ -504,12 +524,10 @@ impl Machine {
             return;
         }
         self.oustings.follow(now, &found.value);
+        self.pact.follow(&found.value);
         let (me, life) = (self.config.me, self.config.incarnation);
         match found.value.standing(me, life) {
-            Some(Standing::In) => {
-                self.joined_at.get_or_insert(found.version);
-                self.settled |= self.peers_at_join.is_empty();
-            }
+            Some(Standing::In) | None => {}
             Some(out) => {
                 self.lease.revoke();
                 let newest = found.value.decisions.iter().rev();
@@ -528,7 +546,6 @@ impl Machine {
                     actions.push(Action::Over);
                 }
             }
-            None => {}
         }
         self.state = Some(found);
     }
@@ -550,6 +567,7 @@ impl Machine {
         }
         let mut state = PoolState::default();
         self.enter(&mut state);
+        state.admit();
         deciding::take_over(&mut state, &self.config, "it is the pool's first host");
         self.write(now, state, actions);
     }
@@ -575,11 +593,9 @@ impl Machine {
         if !stays || !self.contacts.may_judge(now) || self.is_before_me(&state.value, now) {
             return;
         }
-        let peers = state.value.members_in();
-        self.peers_at_join = peers
-            .filter(|(host, _)| *host != self.config.me)
-            .map(|(host, member)| (host, member.incarnation))
-            .collect();
+        if next.is_orphaned() {
+            next.admit();
+        }
         self.write(now, next, actions);
     }
 
@@ -692,12 +708,15 @@ impl Machine {
             state: &state,
             reports: &reports,
             contacts: &self.contacts,
-            settled: self.settled,
+            may_give_up: self.may_give_up(),
         };
         let mut oustings = self.oustings.clone();
         let decided = deciding::decide(&view, &mut oustings);
         self.oustings = oustings;
-        if let Some(next) = decided.write {
+        if let Some(mut next) = decided.write {
+            if self.may_give_up() {
+                next.admit();
+            }
             self.write(now, next, actions);
             return;
         }

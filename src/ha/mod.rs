@@ -21,7 +21,7 @@ pub mod detector;
 pub mod lease;
 pub mod liveset;
 pub mod machine;
-
+mod pact;
 pub mod report;
 pub mod restart;
 pub(crate) mod sabotage;

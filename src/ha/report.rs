@@ -1,15 +1,18 @@
 //! What every host says of itself and of the others with every heartbeat.
 //!
-//! The layout, version 1, little-endian; a frame around it (not this file's) has the sender's
+//! The layout, version 2, little-endian; a frame around it (not this file's) has the sender's
 //! name, incarnation and number, and authenticates all:
 //!
 //! ```text
-//!  u8 version = 1 | u8 host | u64 incarnation | u64 seq | u8 flags (1 storage, 2 farewell)
-//!  u16 gateway age | u16 registry age | u64 state version | u16 standby lag | u32 weight
+//!  u8 version = 1 | u8 host | u64 incarnation | u64 seq | u8 flags (1 storage, 2 farewell, 4 promise)
+//!  u16 gateway age | u16 registry age | u64 state version | u64 promised (a bit a host)
+//!  u16 standby lag | u32 weight
 //!  u16 watchdog | u8 n, n x heard | u8 m, m x vouch
 //!  heard: u8 host | u64 incarnation | u64 seq | u8 k, k x (u8 path | u16 age)
 //!  vouch: u8 host | u64 incarnation | u64 seq
 //! ```
+//!
+//! Versions: 1, the first; 2 has promises.
 //!
 //! Ages and lengths are in units of 10 ms; 0xffff is "never, none". A path below 0x80 is a
 //! network, from there on a storage.
@@ -18,10 +21,10 @@
 
 use super::time::Millis;
 use crate::pool::{HostId, Incarnation, POOL_HOSTS_MAX, Seq};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Layout version that is written.
-pub const REPORT_VERSION: u8 = 1;
+pub const REPORT_VERSION: u8 = 2;
 /// Most bytes of a report: sealed (`beat::PACKET_BYTES_MAX`), it fits a host's block of the
 /// statefile.
 pub const REPORT_BYTES_MAX: usize = 3744;
@@ -30,7 +33,7 @@ pub const NETWORKS_MAX: u8 = 4;
 /// Most storage paths: three disks of a statefile, or etcd.
 pub const STORAGES_MAX: u8 = 3;
 
-const HEAD_BYTES: usize = 1 + 1 + 8 + 8 + 1 + 2 + 2 + 8 + 2 + 4 + 2;
+const HEAD_BYTES: usize = 1 + 1 + 8 + 8 + 1 + 2 + 2 + 8 + 8 + 2 + 4 + 2;
 const REFERENCE_BYTES: usize = 1 + 8 + 8;
 const PATH_BYTES: usize = 3;
 const PATHS_MAX: usize = NETWORKS_MAX as usize + STORAGES_MAX as usize;
@@ -39,10 +42,12 @@ const _: () = assert!(
         <= REPORT_BYTES_MAX
 );
 
+const _: () = assert!(POOL_HOSTS_MAX == 64, "a bit a host");
 const UNIT_MS: u64 = 10;
 const NEVER: u16 = u16::MAX;
 const FLAG_STORAGE: u8 = 1;
 const FLAG_FAREWELL: u8 = 2;
+const FLAG_PROMISE: u8 = 4;
 const STORAGE_BASE: u8 = 0x80;
 
 /// One way for a host's reports to come here.
@@ -75,6 +80,10 @@ pub struct RegistryView {
     /// For each host that this read showed as a member: the newest report heard from it before
     /// the read began. See [`super::lease`].
     pub vouches: BTreeMap<HostId, (Incarnation, Seq)>,
+    /// It promises to give nobody up; see [`super::pact`].
+    pub promise: bool,
+    /// The voters of that version whose newest word here is a promise at that version.
+    pub promised: BTreeSet<HostId>,
 }
 
 /// One report of one host.
@@ -141,10 +150,19 @@ impl Report {
         out.extend(self.seq.0.to_le_bytes());
         let storage = if self.storage_ok { FLAG_STORAGE } else { 0 };
         let farewell = if self.farewell { FLAG_FAREWELL } else { 0 };
-        out.push(storage | farewell);
+        let promise = if self.registry.promise {
+            FLAG_PROMISE
+        } else {
+            0
+        };
+        out.push(storage | farewell | promise);
         put_length(&mut out, self.gateway_age);
         put_length(&mut out, self.registry.age);
         out.extend(self.registry.version.to_le_bytes());
+        let promised = self.registry.promised.iter();
+        let promised = promised.filter(|host| usize::from(host.0) < POOL_HOSTS_MAX);
+        let bits = promised.fold(0_u64, |bits, host| bits | 1 << host.0);
+        out.extend(bits.to_le_bytes());
         put_length(&mut out, self.standby_lag);
         out.extend(self.weight.to_le_bytes());
         put_length(&mut out, self.watchdog);
@@ -184,12 +202,13 @@ impl Report {
         let incarnation = Incarnation(cursor.u64()?);
         let seq = Seq(cursor.u64()?);
         let flags = cursor.u8()?;
-        if flags & !(FLAG_STORAGE | FLAG_FAREWELL) != 0 {
+        if flags & !(FLAG_STORAGE | FLAG_FAREWELL | FLAG_PROMISE) != 0 {
             return Err(value("flags", flags));
         }
         let gateway_age = cursor.length()?;
         let registry_age = cursor.length()?;
         let version = cursor.u64()?;
+        let bits = cursor.u64()?;
         let standby_lag = cursor.length()?;
         let weight = cursor.u32()?;
         let watchdog = cursor.length()?;
@@ -225,6 +244,8 @@ impl Report {
                 age: registry_age,
                 version,
                 vouches,
+                promise: flags & FLAG_PROMISE != 0,
+                promised: hosts_of(bits),
             },
             storage_ok: flags & FLAG_STORAGE != 0,
             standby_lag,
@@ -233,6 +254,11 @@ impl Report {
             farewell: flags & FLAG_FAREWELL != 0,
         })
     }
+}
+
+/// A bit a host.
+fn hosts_of(bits: u64) -> BTreeSet<HostId> {
+    (0..64).filter(|n| bits >> n & 1 == 1).map(HostId).collect()
 }
 
 fn value(what: &'static str, value: u8) -> BadReport {
@@ -363,6 +389,8 @@ mod tests {
                 vouches: others
                     .map(|host| (host, (Incarnation(7), Seq(5))))
                     .collect(),
+                promise: true,
+                promised: [HostId(0), HostId(63)].into(),
             },
             storage_ok: true,
             standby_lag: Some(Millis(10)),
@@ -399,8 +427,8 @@ mod tests {
         let mut longer = bytes;
         longer.push(0);
         assert!(matches!(Report::decode(&longer), Err(BadReport::Length(_))));
-        longer[0] = 2;
-        assert_eq!(Report::decode(&longer), Err(BadReport::Version(2)));
+        longer[0] = 1;
+        assert_eq!(Report::decode(&longer), Err(BadReport::Version(1)));
     }
 
     #[test]

@@ -17,6 +17,12 @@ pub(crate) enum Bug {
     AnybodyDecides,
     /// Farewell is said when the VMs are told to stop, not when they have.
     FarewellTooSoon,
+    /// A host gives others up although it promised not to.
+    PromiseBroken,
+    /// One that promised goes on although no majority hears it any more.
+    PromiseWithoutEnd,
+    /// One that joined gives others up before a voter has admitted it.
+    JoinerDecides,
     /// A member that hears nobody else takes all others for lost at once, though it stood still.
     StallUnnoticed,
 }

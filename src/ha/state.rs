@@ -132,6 +132,10 @@ pub struct PoolState {
     pub coordinator: Option<Coordinator>,
     /// The hosts.
     pub members: BTreeMap<HostId, Member>,
+    /// The lives that may give members up, and without a majority of which nobody goes on when
+    /// the registry is lost: see [`super::pact`].
+    #[serde(default)]
+    pub voters: BTreeMap<HostId, Incarnation>,
     /// Number of the next decision.
     pub next_decision: u64,
     /// The newest decisions, oldest first.
@@ -199,6 +203,42 @@ impl PoolState {
             .iter()
             .filter(|(_, member)| member.standing == Standing::In)
             .map(|(host, member)| (*host, member))
+    }
+
+    /// Whether that life of a host is a voter.
+    #[must_use]
+    pub fn is_voter(&self, host: HostId, incarnation: Incarnation) -> bool {
+        self.voters.get(&host) == Some(&incarnation)
+    }
+
+    /// Whether `votes` of the voters are a majority of them.
+    #[must_use]
+    pub fn is_quorum(&self, votes: usize) -> bool {
+        votes * 2 > self.voters.len()
+    }
+
+    /// Whether the voters whose lives are not over are no majority any more: then no host goes on
+    /// by their word, and any member may give others up.
+    #[must_use]
+    pub fn is_orphaned(&self) -> bool {
+        let may_live = self.voters.iter().filter(|(host, life)| {
+            let standing = self.standing(**host, **life);
+            matches!(standing, Some(Standing::In | Standing::Ousted))
+        });
+        !self.is_quorum(may_live.count())
+    }
+
+    /// Whether each member is a voter, and nobody else.
+    #[must_use]
+    pub fn is_admitted(&self) -> bool {
+        let lives = self.members_in().map(|(host, m)| (host, m.incarnation));
+        lives.eq(self.voters.iter().map(|(host, life)| (*host, *life)))
+    }
+
+    /// Make the members the voters.
+    pub fn admit(&mut self) {
+        let lives = self.members_in().map(|(host, m)| (host, m.incarnation));
+        self.voters = lives.collect();
     }
 
     /// Name of a host, for people.
@@ -271,6 +311,34 @@ mod tests {
     }
 
     #[test]
+    fn voters_whose_lives_are_over_make_no_majority() {
+        let mut state = PoolState::default();
+        assert!(state.is_orphaned() && state.is_admitted());
+        for n in 0..3 {
+            let member = Member {
+                name: HostName::new(format!("h{n}")).unwrap(),
+                incarnation: Incarnation(1),
+                standing: Standing::In,
+                former: None,
+            };
+            state.members.insert(HostId(n), member);
+        }
+        assert!(!state.is_admitted());
+        state.admit();
+        assert!(state.is_admitted() && !state.is_orphaned());
+        // One that is given up may still live; one that began a new life does not in the old one.
+        state.become_standing(HostId(0), Standing::Ousted);
+        state.members.get_mut(&HostId(1)).unwrap().incarnation = Incarnation(2);
+        assert!(!state.is_orphaned() && !state.is_admitted());
+        assert!(state.is_voter(HostId(1), Incarnation(1)));
+        state.become_standing(HostId(0), Standing::Dead(Proof::PowerOff));
+        assert!(state.is_orphaned());
+        // Half of an even number is no majority.
+        state.voters.remove(&HostId(0));
+        assert!(state.is_orphaned());
+    }
+
+    #[test]
     fn the_largest_state_fits_and_comes_back_as_it_was() {
         let mut state = PoolState::default();
         for n in 0..64 {
@@ -283,6 +351,7 @@ mod tests {
                 former: Some((Incarnation(u64::MAX), Proof::PowerOff)),
             };
             state.members.insert(HostId(n), member);
+            state.voters.insert(HostId(n), Incarnation(u64::MAX));
             state.decide(HostId(0), HostId(n), "ousted", &"ä".repeat(1000));
             state.decide(HostId(0), HostId(n), "dead", "x");
         }

@@ -55,6 +55,20 @@ impl Timing {
         Millis(self.period.0 * 2)
     }
 
+    /// For so long the registry has not been read when a host begins to promise; see
+    /// [`super::pact`]. As late as a lease by the registry allows, for a promise delays decisions
+    /// once the registry is back: an election of etcd's leader is shorter.
+    #[must_use]
+    pub const fn registry_lost(&self) -> Millis {
+        Millis(self.lease.0 - 2 * self.period.0)
+    }
+
+    /// How long a promise binds. More than a lease: who is cut off has stopped before.
+    #[must_use]
+    pub const fn promise(&self) -> Millis {
+        Millis(self.lease.0 + self.period.0)
+    }
+
     /// The **watchdog bound**: how long after an ousting is committed the ousted host is dead at
     /// the latest, if it has a watchdog armed with `watchdog`.
     #[must_use]

@@ -489,6 +489,105 @@ fn what_is_no_reason_to_go_resets_nobody() {
     }
 }
 
+fn registry(world: &mut World, of: impl IntoIterator<Item = usize>, works: bool) {
+    for n in of {
+        (world.hosts[n].registry, world.hosts[n].disk) = (works, works);
+    }
+}
+
+#[test]
+fn all_lose_the_registry_and_then_hosts_die_while_a_majority_lives() {
+    for (hosts, die) in [(3, vec![1]), (3, vec![0]), (5, vec![0, 3]), (4, vec![2])] {
+        let mut world = World::formed(hosts);
+        registry(&mut world, 0..hosts, false);
+        world.run(15_000);
+        for n in &die {
+            world.crash(*n);
+        }
+        let left: Vec<usize> = (0..hosts).filter(|n| !die.contains(n)).collect();
+        world.run(120_000);
+        assert_eq!(world.members(), left, "{hosts} {die:?}");
+        assert!(world.resets().iter().all(|n| *n == 0) && world.may_restart.is_empty());
+        // Its next life waits for the registry, and changes nothing.
+        world.start(die[0]);
+        world.run(30_000);
+        assert_eq!(world.members(), left, "{hosts} {die:?}");
+        world.crash(die[0]);
+        // The registry is back: what died is proved dead.
+        registry(&mut world, 0..hosts, true);
+        world.until("may restart", 25_000, |w| w.may_restart.len() == die.len());
+        world.run(20_000);
+        assert_eq!(world.members(), left);
+    }
+}
+
+#[test]
+fn without_registry_a_minority_stops_and_stays_stopped_when_it_is_back() {
+    let mut world = World::formed(3);
+    registry(&mut world, 0..3, false);
+    world.run(10_000);
+    world.cut(0, 1, false);
+    world.cut(0, 2, false);
+    world.run(2_000);
+    // Host 0 has the registry again before its lease ends, and would be fit to give up the others.
+    registry(&mut world, [0], true);
+    world.until("it stops", 6_000, |w| !w.hosts[0].effect);
+    world.run(60_000);
+    // Its next life is a member by the registry, and gives nobody up: no voter has admitted it.
+    assert_eq!(world.members(), [0, 1, 2]);
+    assert_eq!((world.hosts[0].life, world.resets()), (2, vec![0, 0, 0]));
+    assert_eq!(world.state().members_in().count(), 3);
+    assert!(world.may_restart.iter().all(|(_, host, ..)| *host == 0));
+}
+
+#[test]
+fn a_part_of_a_pool_that_lost_power_whole_goes_on_without_the_rest() {
+    for stays_off in [0, 2] {
+        let mut world = World::formed(3);
+        for n in 0..3 {
+            world.crash(n);
+        }
+        world.run(5_000);
+        for n in (0..3).filter(|n| *n != stays_off) {
+            world.start(n);
+        }
+        let proved = |w: &World| {
+            w.may_restart
+                .iter()
+                .any(|(_, host, ..)| usize::from(*host) == stays_off)
+        };
+        world.run(30_000);
+        assert_eq!(world.members().len(), 2);
+        // Nothing proves that the third is dead: its watchdog was never heard of in this life.
+        assert!(!proved(&world));
+        assert!(
+            world
+                .state()
+                .standing(HostId(u8::try_from(stays_off).unwrap()), Incarnation(1))
+                == Some(Standing::Ousted)
+        );
+        world.start(stays_off);
+        world.until("all again", 30_000, |w| w.members() == [0, 1, 2]);
+        assert!(proved(&world));
+    }
+}
+
+#[test]
+fn who_joined_gives_nobody_up_before_a_voter_has_admitted_it() {
+    let mut world = World::formed(3);
+    let voters = |w: &World| w.state().voters.len();
+    assert_eq!(voters(&world), 3);
+    world.crash(2);
+    world.until("given up", 6_000, |w| voters(w) == 2);
+    world.start(2);
+    world.until("it joins", 20_000, |w| w.members() == [0, 1, 2]);
+    let life = world.hosts[2].life;
+    let joined = world.hosts[2].machine.as_ref().unwrap();
+    assert!(!joined.may_give_up() && voters(&world) == 2);
+    world.until("it is admitted", 3_000, |w| voters(w) == 3);
+    assert!(world.state().is_voter(HostId(2), Incarnation(life)));
+}
+
 #[test]
 fn a_host_that_lost_every_path_stops_before_its_vms_are_restarted() {
     let mut world = World::formed(3);

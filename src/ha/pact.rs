@@ -1,0 +1,284 @@
+//! Going on when the registry is lost whole: the word of the others, and promises.
+//!
+//! The **voters** of a pool state are the lives that may give members up: who joins is admitted
+//! by a voter's write ([`PoolState::admit`]). A host H that is in at version V goes on without
+//! the registry by a report s of its own if of **every other voter D** it knows that D gives H up
+//! after s was sent, if ever:
+//!
+//! - **D's own word**: D has heard s, knows no newer version than V, and has no write under way
+//!   or in doubt. Whatever D writes, it writes later.
+//! - **a majority's word for a silent D**: a majority of the voters, each at version V, has heard
+//!   s, and the newest that each has heard of D is a **promise** at V.
+//!
+//! So a pool that lost its registry survives the death of hosts as long as a majority of the
+//! voters lives.
+//!
+//! # Promises
+//! A voter that has not read the registry for [`Timing::registry_lost`] promises, in each report,
+//! with no write under way or in doubt: for [`Timing::promise`] (P) from now, by its clock, it
+//! gives nobody up and admits nobody. While any promise binds it, the newest report of its own
+//! that a majority of the voters has heard must have been sent less than one lease (L, shorter
+//! than P) ago; else it stops, for good in this life, also if the registry is back.
+//!
+//! # Why a majority's word is enough
+//! Let H go on by report s, and by the word of a majority M for D. Each of M said so after s was
+//! sent. Let q be the newest promise of D that any of M had heard. Suppose D gives H up, or
+//! admits somebody who does, at C before s was sent. At q it knew no newer version than V and had
+//! nothing under way, and the promise binds it for P: C is later than q + P. By then D had
+//! stopped for good, at q + L, unless a majority had acknowledged a report later than q before
+//! C. Any two majorities share a voter, and that one, when it spoke for M after C, had heard of
+//! D something newer than q. That is a contradiction, so C is later than s, and the argument of
+//! the lease holds.
+//!
+//! One that is no voter gives nobody up, until a voter has admitted it, so the voters' word is
+//! enough. The exception is a pool whose voters' lives are over, but for a minority
+//! ([`PoolState::is_orphaned`]): a minority goes on by nobody's word, so then any member may
+//! decide, and the next write makes the members the voters.
+//!
+//! Must never: promise with a write under way or in doubt, count a stopped lease anew after a
+//! broken promise.
+
+use super::report::Report;
+use super::sabotage::{Bug, sabotaged};
+use super::state::PoolState;
+use super::time::Millis;
+use super::timing::Timing;
+use crate::pool::{HostId, Incarnation, Seq};
+use crate::registry::Versioned;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The newest that was heard of one life of a host; kept when its next life is heard.
+#[derive(Clone, Copy, Debug)]
+struct Word {
+    seq: Seq,
+    version: u64,
+    promise: bool,
+}
+
+/// What this host promised.
+#[derive(Clone, Debug)]
+struct Promise {
+    version: u64,
+    voters: BTreeMap<HostId, Incarnation>,
+    until: Millis,
+    /// When the newest own report was sent that a majority of the voters has heard.
+    acknowledged: Millis,
+}
+
+/// The promises of this host and of the others.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pact {
+    words: BTreeMap<(HostId, Incarnation), Word>,
+    promise: Option<Promise>,
+    /// Whether the report of this tick promises.
+    promises: bool,
+}
+
+/// This host, and what it knows for certain.
+#[derive(Clone, Copy)]
+pub(super) struct Own<'a> {
+    pub(super) me: (HostId, Incarnation),
+    pub(super) timing: &'a Timing,
+    pub(super) state: &'a Versioned<PoolState>,
+    /// The newest report of each other host.
+    pub(super) heard: &'a BTreeMap<HostId, &'a Report>,
+}
+
+impl Own<'_> {
+    /// The newest report of that life, and which of this host's it has heard.
+    fn says(&self, host: HostId, life: Incarnation) -> Option<(&Report, Seq)> {
+        let report = self.heard.get(&host).filter(|r| r.incarnation == life)?;
+        let heard = report.heard.get(&self.me.0)?;
+        (heard.incarnation == self.me.1).then_some((*report, heard.seq))
+    }
+
+    fn others(&self) -> impl Iterator<Item = (HostId, Incarnation)> {
+        let voters = self.state.value.voters.iter().map(|(h, l)| (*h, *l));
+        voters.filter(|(host, _)| *host != self.me.0)
+    }
+
+    fn is_voter(&self) -> bool {
+        self.state.value.is_voter(self.me.0, self.me.1)
+    }
+}
+
+/// The largest number that a majority of the voters reaches, of those that `numbers` are of and,
+/// if `mine`, of this host, which reaches any.
+fn majority(state: &PoolState, mine: bool, mut numbers: Vec<Seq>) -> Option<Seq> {
+    numbers.sort_unstable_by(|a, b| b.cmp(a));
+    let mine = usize::from(mine);
+    if state.is_quorum(mine) {
+        return Some(Seq(u64::MAX));
+    }
+    let needed = (1..=numbers.len()).find(|n| state.is_quorum(n + mine))?;
+    numbers.get(needed - 1).copied()
+}
+
+impl Pact {
+    /// A report came; the newest of its life or not.
+    pub(super) fn heard(&mut self, report: &Report) {
+        let word = Word {
+            seq: report.seq,
+            version: report.registry.version,
+            promise: report.registry.promise,
+        };
+        let known = self
+            .words
+            .entry((report.host, report.incarnation))
+            .or_insert(word);
+        if word.seq > known.seq {
+            *known = word;
+        }
+    }
+
+    /// A committed state: lives that are neither voters nor the newest that is heard are
+    /// forgotten, so that at most two of each host are kept.
+    pub(super) fn follow(&mut self, state: &PoolState) {
+        let newest: BTreeMap<HostId, Incarnation> = self.words.keys().copied().collect();
+        self.words
+            .retain(|(host, life), _| state.is_voter(*host, *life) || newest[host] == *life);
+    }
+
+    /// Voters whose newest word here is a promise at the version of this host.
+    pub(super) fn promised(&self, state: &Versioned<PoolState>) -> BTreeSet<HostId> {
+        let voters = state.value.voters.iter();
+        voters
+            .filter(|(host, life)| self.has_promised(state.version, **host, **life))
+            .map(|(host, _)| *host)
+            .collect()
+    }
+
+    fn has_promised(&self, version: u64, host: HostId, life: Incarnation) -> bool {
+        let word = self.words.get(&(host, life));
+        word.is_some_and(|word| word.promise && word.version == version)
+    }
+
+    /// The newest own report by which this host goes on without the registry; see the module.
+    /// To be asked with no write under way or in doubt.
+    pub(super) fn goes_on_by(&self, own: Own<'_>, newest: Seq) -> Option<Seq> {
+        let Versioned { version, value } = own.state;
+        if !value.is_in(own.me.0, own.me.1) || value.voters.is_empty() {
+            return None;
+        }
+        let mut by = newest;
+        for (host, life) in own.others() {
+            let word = own.says(host, life);
+            let word = word.filter(|(report, _)| report.registry.version <= *version);
+            let for_it = own.others().filter(|other| other.0 != host);
+            let for_it = for_it.filter_map(|(other, life)| {
+                let (report, seq) = own.says(other, life)?;
+                let registry = &report.registry;
+                let speaks = registry.version == *version && registry.promised.contains(&host);
+                speaks.then_some(seq)
+            });
+            let mine = own.is_voter() && self.has_promised(*version, host, life);
+            let majority = majority(value, mine, for_it.collect());
+            by = by.min(word.map(|(_, seq)| seq).max(majority)?);
+        }
+        Some(by)
+    }
+
+    /// Promise anew, in the report that is sent at `now`, or do not. `sent` tells when an own
+    /// report was sent; `stays_stopped`: this host gives nobody up any more in this life.
+    pub(super) fn promise(
+        &mut self,
+        own: Own<'_>,
+        now: Millis,
+        stays_stopped: bool,
+        sent: impl Fn(Seq) -> Option<Millis>,
+    ) {
+        self.promises = false;
+        let binds_elsewhere = self
+            .promise
+            .as_ref()
+            .is_some_and(|promise| promise.version != own.state.version);
+        // Of two voters neither is a majority: promises serve nobody.
+        if !own.is_voter() || own.state.value.voters.len() < 3 || binds_elsewhere {
+            return;
+        }
+        if self.promise.is_none() {
+            self.promise = Some(Promise {
+                version: own.state.version,
+                voters: own.state.value.voters.clone(),
+                until: now,
+                acknowledged: Millis(0),
+            });
+            self.acknowledged(own.me, own.heard, &sent);
+        }
+        let Some(promise) = &mut self.promise else {
+            return;
+        };
+        let kept = now < promise.acknowledged + own.timing.lease;
+        if !kept && !stays_stopped {
+            if promise.until <= now {
+                self.promise = None;
+            }
+            return;
+        }
+        promise.until = now + own.timing.promise();
+        self.promises = true;
+    }
+
+    /// No promise in the report that is sent next.
+    pub(super) fn promise_nothing(&mut self) {
+        self.promises = false;
+    }
+
+    /// Whether the report of this tick promises.
+    pub(super) fn promises(&self) -> bool {
+        self.promises
+    }
+
+    /// Somebody may have heard a newer report of this host.
+    pub(super) fn acknowledged(
+        &mut self,
+        me: (HostId, Incarnation),
+        heard: &BTreeMap<HostId, &Report>,
+        sent: impl Fn(Seq) -> Option<Millis>,
+    ) {
+        let Some(promise) = &mut self.promise else {
+            return;
+        };
+        let mut seqs: Vec<Seq> = promise
+            .voters
+            .iter()
+            .filter(|(host, _)| **host != me.0)
+            .filter_map(|(host, life)| {
+                let report = heard.get(host).filter(|r| r.incarnation == *life)?;
+                let heard = report.heard.get(&me.0)?;
+                (heard.incarnation == me.1).then_some(heard.seq)
+            })
+            .collect();
+        seqs.sort_unstable_by(|a, b| b.cmp(a));
+        // This host and so many others are a majority.
+        let others = promise.voters.len() / 2;
+        let newest = others.checked_sub(1).and_then(|n| seqs.get(n));
+        if let Some(at) = newest.and_then(|seq| sent(*seq)) {
+            promise.acknowledged = promise.acknowledged.max(at);
+        }
+    }
+
+    /// Whether a promise was kept until `now`; one that binds no more is forgotten. To be asked
+    /// before anything else is done.
+    pub(super) fn is_kept(&mut self, timing: &Timing, now: Millis) -> bool {
+        let Some(promise) = &self.promise else {
+            return true;
+        };
+        let ends = promise.acknowledged + timing.lease;
+        if now >= ends && ends < promise.until && !sabotaged(Bug::PromiseWithoutEnd) {
+            return false;
+        }
+        if now >= promise.until {
+            self.promise = None;
+        }
+        true
+    }
+
+    /// Whether a promise binds this host.
+    pub(super) fn binds(&self) -> bool {
+        self.promise.is_some() && !sabotaged(Bug::PromiseBroken)
+    }
+}
+
+#[cfg(test)]
+mod tests;
