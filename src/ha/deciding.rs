@@ -283,13 +283,10 @@ fn coordinate(
             ousting.ask_from = None;
             decided.fence.push((*host, *incarnation));
         }
-        if !view.config.power_fencing
-            && bound(view, *host, *incarnation).is_none()
-            && !ousting.alerted
-        {
+        if !view.config.power_fencing && bound(view.state, *host).is_none() && !ousting.alerted {
             ousting.alerted = true;
             decided.alerts.push(format!(
-                "{} is given up, but nothing can prove that it runs nothing any more: it has no fence agent and had reported no watchdog. Its VMs stay down until it says so itself; make certain that it is off and tell the pool",
+                "{} is given up, but nothing can prove that it runs nothing any more: it has no fence agent and had no watchdog. Its VMs stay down until it says so itself; make certain that it is off and tell the pool",
                 view.state.name(*host)
             ));
         }
@@ -333,12 +330,9 @@ fn oust(
     changed
 }
 
-/// The watchdog that a lost life had reported.
-fn bound(view: &View<'_>, host: HostId, incarnation: Incarnation) -> Option<Millis> {
-    let contact = view.contacts.get(host)?;
-    (contact.report.incarnation == incarnation)
-        .then_some(contact.report.watchdog)
-        .flatten()
+/// The watchdog that the life of a lost host had said to be armed with when it joined.
+fn bound(state: &PoolState, host: HostId) -> Option<Millis> {
+    state.members.get(&host)?.watchdog
 }
 
 fn prove(view: &View<'_>, oustings: &Oustings, next: &mut PoolState) -> bool {
@@ -356,7 +350,7 @@ fn prove(view: &View<'_>, oustings: &Oustings, next: &mut PoolState) -> bool {
                 let Some(ousting) = oustings.lives.get(&life) else {
                     continue;
                 };
-                let watchdog = bound(view, life.0, life.1);
+                let watchdog = bound(view.state, *host);
                 let run_out = watchdog.filter(|watchdog| {
                     let waits = view.config.timing.watchdog_bound(*watchdog);
                     view.now.since(ousting.since) >= waits

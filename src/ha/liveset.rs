@@ -158,6 +158,7 @@ mod tests {
             incarnation: Incarnation(1),
             standing: Standing::In,
             former: None,
+            watchdog: None,
         };
         PoolState {
             members: (0..hosts).map(|n| (HostId(n), member(n))).collect(),

@@ -647,6 +647,7 @@ impl Machine {
             incarnation: config.incarnation,
             standing: Standing::In,
             former,
+            watchdog: config.watchdog,
         };
         state.members.insert(config.me, member);
         let cause = "it began a new life, in which nothing of a former one runs";

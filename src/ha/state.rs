@@ -94,6 +94,9 @@ pub struct Member {
     /// The life before this one, and how it is known to be over: its VMs may be restarted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub former: Option<(Incarnation, Proof)>,
+    /// What its watchdog is armed with in this life, if it has one that really resets it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<Millis>,
 }
 
 /// Who decides now.
@@ -287,6 +290,7 @@ mod tests {
             incarnation: Incarnation(1),
             standing: Standing::In,
             former: None,
+            watchdog: None,
         };
         PoolState {
             term: 1,
@@ -320,6 +324,7 @@ mod tests {
                 incarnation: Incarnation(1),
                 standing: Standing::In,
                 former: None,
+                watchdog: None,
             };
             state.members.insert(HostId(n), member);
         }
@@ -349,6 +354,7 @@ mod tests {
                     watchdog: Millis(5000),
                 }),
                 former: Some((Incarnation(u64::MAX), Proof::PowerOff)),
+                watchdog: Some(Millis(5000)),
             };
             state.members.insert(HostId(n), member);
             state.voters.insert(HostId(n), Incarnation(u64::MAX));

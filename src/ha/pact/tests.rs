@@ -15,6 +15,7 @@ fn state(n: u8) -> Versioned<PoolState> {
             incarnation: Incarnation(1),
             standing: Standing::In,
             former: None,
+            watchdog: None,
         };
         value.members.insert(HostId(host), member);
     }

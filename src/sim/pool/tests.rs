@@ -58,6 +58,11 @@ hosts = 4
 stalls = \"2500 ms\"
 events = [\"5 s: cut the management network of all\"]
 run = \"120 s\"
+[[case]]
+name = \"registry lost, one cut off with it\"
+hosts = 3
+events = [\"5 s: take the registry from all\", \"15 s: cut a from all\", \"19 s: give the registry back to a\"]
+run = \"60 s\"
 ";
 
 /// The seed within a thousand that finds the bug in any of the cases.
@@ -90,6 +95,9 @@ fn every_bug_put_back_is_found_within_a_thousand_seeds() {
         Bug::SilenceIsDeath,
         Bug::AnybodyDecides,
         Bug::FarewellTooSoon,
+        Bug::PromiseBroken,
+        Bug::PromiseWithoutEnd,
+        Bug::JoinerDecides,
     ] {
         let found = found(bug);
         eprintln!("{bug:?}: {found:?}");
