@@ -16,6 +16,7 @@ use super::sabotage::{Bug, sabotaged};
 use super::state::{Coordinator, PoolState, Proof, Standing};
 use super::time::Millis;
 use crate::pool::{HostId, Incarnation};
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How the giving up of one life of a host goes on, as this host knows.
@@ -223,7 +224,22 @@ fn hesitation(view: &View<'_>) -> Millis {
     }
 }
 
-/// No coordinator is heard: the first host that stays and reaches the registry becomes it.
+/// Who coordinates first, the least of all: a voter; on the side of the clients; with the
+/// freshest standbys; with the heaviest VMs; and only last by its number.
+fn preference(view: &View<'_>, host: HostId) -> impl Ord + use<> {
+    let report = view.reports.get(&host);
+    let gateway = report.is_some_and(|r| r.reaches_gateway(view.config.timing.network_lost));
+    let lag = report.and_then(|report| report.standby_lag);
+    (
+        !votes(view, host),
+        !gateway,
+        lag.unwrap_or(Millis(u64::MAX)),
+        Reverse(report.map_or(0, |report| report.weight)),
+        host,
+    )
+}
+
+/// No coordinator is heard: the best host that stays and reaches the registry becomes it.
 fn elect(
     view: &View<'_>,
     verdicts: &BTreeMap<HostId, Verdict>,
@@ -232,7 +248,7 @@ fn elect(
     let since = *oustings.leaderless.get_or_insert(view.now);
     let fit = view.reports.keys().copied();
     let mut fit: Vec<HostId> = fit.filter(|host| is_fit(view, verdicts, *host)).collect();
-    fit.sort_by_key(|host| (!votes(view, *host), *host));
+    fit.sort_by_key(|host| preference(view, *host));
     if fit.first() != Some(&view.config.me) || view.now.since(since) < hesitation(view) {
         return Decided::default();
     }

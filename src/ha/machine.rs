@@ -421,8 +421,10 @@ impl Machine {
         self.pact.promise_nothing();
         let timing = &self.config.timing;
         let known = self.writing.is_none() && self.doubt.is_none();
+        let stopped = matches!(self.phase, Phase::Stopping { .. } | Phase::Stopped { .. });
         let lost = now.since(self.registry_at) >= timing.registry_lost();
-        let Some(state) = self.state.as_ref().filter(|_| known && lost) else {
+        let promises = known && (lost || stopped);
+        let Some(state) = self.state.as_ref().filter(|_| promises) else {
             return;
         };
         let newest = self.contacts.iter().map(|(host, c)| (host, &c.report));
@@ -432,7 +434,6 @@ impl Machine {
             state,
             heard: &newest.collect(),
         };
-        let stopped = matches!(self.phase, Phase::Stopping { .. } | Phase::Stopped { .. });
         let lease = &self.lease;
         self.pact
             .promise(own, now, stopped, |seq| lease.sent_at(seq));

@@ -33,7 +33,8 @@
 //! One that is no voter gives nobody up, until a voter has admitted it, so the voters' word is
 //! enough. The exception is a pool whose voters' lives are over, but for a minority
 //! ([`PoolState::is_orphaned`]): a minority goes on by nobody's word, so then any member may
-//! decide, and the next write makes the members the voters.
+//! decide, and the next write makes the members the voters. That a life is over may be known by
+//! its farewell, so who said farewell has no word for itself or others; its promise lasts.
 //!
 //! Must never: promise with a write under way or in doubt, count a stopped lease anew after a
 //! broken promise.
@@ -85,11 +86,13 @@ pub(super) struct Own<'a> {
 }
 
 impl Own<'_> {
-    /// The newest report of that life, and which of this host's it has heard.
+    /// The newest report of that life, and which of this host's it has heard. One that has
+    /// said farewell is believed to be over, wherever that is known, and has no word any more.
     fn says(&self, host: HostId, life: Incarnation) -> Option<(&Report, Seq)> {
         let report = self.heard.get(&host).filter(|r| r.incarnation == life)?;
         let heard = report.heard.get(&self.me.0)?;
-        (heard.incarnation == self.me.1).then_some((*report, heard.seq))
+        let speaks = !report.farewell || sabotaged(Bug::WordAfterFarewell);
+        (speaks && heard.incarnation == self.me.1).then_some((*report, heard.seq))
     }
 
     fn others(&self) -> impl Iterator<Item = (HostId, Incarnation)> {

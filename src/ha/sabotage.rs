@@ -23,6 +23,8 @@ pub(crate) enum Bug {
     PromiseWithoutEnd,
     /// One that joined gives others up before a voter has admitted it.
     JoinerDecides,
+    /// The word of one that said farewell counts, also where it is known to be over.
+    WordAfterFarewell,
     /// A member that hears nobody else takes all others for lost at once, though it stood still.
     StallUnnoticed,
 }

@@ -23,6 +23,8 @@ struct Host {
     /// Whether this life may have effect outside.
     effect: bool,
     gateway: bool,
+    weight: u32,
+    standby_lag: Option<Millis>,
     registry: bool,
     disk: bool,
     inbox: VecDeque<(u64, Input)>,
@@ -77,6 +79,8 @@ impl World {
                 pet_until: None,
                 effect: false,
                 gateway: true,
+                weight: 0,
+                standby_lag: None,
                 registry: true,
                 disk: true,
                 inbox: VecDeque::new(),
@@ -222,7 +226,8 @@ impl World {
                 let local = Local {
                     gateway_age: host.gateway.then_some(Millis(100)),
                     storage_ok: true,
-                    ..Local::default()
+                    standby_lag: host.standby_lag,
+                    weight: host.weight,
                 };
                 self.feed(n, Input::Local(local));
                 self.feed(n, Input::Tick);
@@ -394,6 +399,33 @@ fn a_crash_is_survived_within_5_s_when_the_power_is_confirmed_off() {
         world.crash(dies);
         world.until("may restart", 5_000, |w| !w.may_restart.is_empty());
         assert_eq!(world.may_restart[0].3, Proof::PowerOff);
+    }
+}
+
+#[test]
+fn who_serves_clients_best_coordinates_next_and_only_last_the_lowest_number() {
+    type Change = fn(&mut World);
+    let changes: [(usize, Change); 4] = [
+        (1, |_| ()),
+        (3, |w| w.hosts[3].weight = 5),
+        (2, |w| {
+            w.hosts[3].weight = 5;
+            w.hosts[1].standby_lag = Some(Millis(900));
+            w.hosts[2].standby_lag = Some(Millis(40));
+        }),
+        (3, |w| {
+            w.hosts[1].gateway = false;
+            w.hosts[2].gateway = false;
+            w.hosts[2].standby_lag = Some(Millis(40));
+        }),
+    ];
+    for (next, change) in changes {
+        let mut world = World::formed(4);
+        change(&mut world);
+        world.run(3_000);
+        world.crash(0);
+        world.until("another coordinates", 6_000, |w| w.coordinator() != 0);
+        assert_eq!(world.coordinator(), next);
     }
 }
 

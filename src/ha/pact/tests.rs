@@ -104,6 +104,21 @@ fn a_majority_speaks_for_a_silent_voter_that_promised() {
 }
 
 #[test]
+fn who_said_farewell_has_no_word_but_its_promise_lasts() {
+    let farewell = |mut report: Report| {
+        report.farewell = true;
+        report
+    };
+    let left = farewell(report(2, 5, 95, true, &[1]));
+    let b = |promised: &[u8]| report(1, 9, 90, true, promised);
+    assert_eq!(goes_on_by(3, &[b(&[2]), left.clone()]), Some(90));
+    assert_eq!(goes_on_by(3, &[b(&[]), left.clone()]), None);
+    // Nor does it speak for another.
+    let dead = report(1, 9, 50, true, &[2]);
+    assert_eq!(goes_on_by(3, &[dead, left]), Some(50));
+}
+
+#[test]
 fn the_word_of_a_life_outlives_its_next_life() {
     let mut pact = Pact::default();
     let state = state(3);

@@ -63,6 +63,11 @@ name = \"registry lost, one cut off with it\"
 hosts = 3
 events = [\"5 s: take the registry from all\", \"15 s: cut a from all\", \"19 s: give the registry back to a\"]
 run = \"60 s\"
+[[case]]
+name = \"registry lost, then faults\"
+hosts = [3, 7]
+events = [\"1 s: take the registry from all\"]
+random = { faults = 15, within = \"60 s\" }
 ";
 
 /// The seed within a thousand that finds the bug in any of the cases.
@@ -81,7 +86,11 @@ fn found(bug: Bug) -> Option<(String, u64)> {
 #[test]
 #[ignore = "some hundred seeds, minutes: make soak"]
 fn rare_bugs_put_back_are_found_within_a_thousand_seeds() {
-    for bug in [Bug::WatchdogArmedLate, Bug::StallUnnoticed] {
+    for bug in [
+        Bug::WatchdogArmedLate,
+        Bug::StallUnnoticed,
+        Bug::WordAfterFarewell,
+    ] {
         assert!(found(bug).is_some(), "{bug:?} is not found");
     }
 }
