@@ -20,7 +20,7 @@ pub(super) struct InFlight {
 }
 
 /// What one registry operation is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Purpose {
     /// Win a generation for an attempt.
     Reserve,
@@ -39,7 +39,7 @@ pub(super) enum Purpose {
 }
 
 /// What the operator wants of a running mirror.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Wish {
     Unprotect,
     Switchover,

@@ -26,6 +26,8 @@ mod registry;
 mod state;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod view;
 
 pub use machine::Standby;
 pub use state::{STANDBY_TRANSITIONS, StandbyState};

@@ -1,0 +1,123 @@
+use super::explore::{Explored, explore};
+use super::world::{Budget, World};
+
+fn states_max() -> usize {
+    std::env::var("POLLUX_MODEL_STATES")
+        .ok()
+        .map_or(usize::MAX, |n| {
+            n.parse().expect("POLLUX_MODEL_STATES is a number")
+        })
+}
+
+fn check(what: &str, start: World, budget: Budget) -> Explored {
+    let began = std::time::Instant::now();
+    let done = explore(start, budget, states_max()).unwrap_or_else(|found| panic!("{found:?}"));
+    println!("{what}: {done:?} {:?}", began.elapsed());
+    done
+}
+
+#[test]
+fn scratch() {
+    let b = Budget::NONE;
+    check("calm", World::mirrored(), b);
+    check("protect", World::solo(), Budget { protects: 1, ..b });
+    check("crash", World::mirrored(), Budget { crashes: 1, ..b });
+    check("freeze", World::mirrored(), Budget { freezes: 1, ..b });
+    check("cut", World::mirrored(), Budget { cuts: 1, ..b });
+    check("loss", World::mirrored(), Budget { losses: 1, ..b });
+    check("delay", World::mirrored(), Budget { delays: 1, ..b });
+    check("death", World::mirrored(), Budget { deaths: 1, ..b });
+    check(
+        "unprotect",
+        World::mirrored(),
+        Budget { unprotects: 1, ..b },
+    );
+    check(
+        "switchover",
+        World::mirrored(),
+        Budget {
+            switchovers: 1,
+            ..b
+        },
+    );
+    check("shutdown", World::mirrored(), Budget { shutdowns: 1, ..b });
+    check("unknown", World::mirrored(), Budget { unknowns: 1, ..b });
+    check(
+        "freeze crash",
+        World::mirrored(),
+        Budget {
+            freezes: 1,
+            crashes: 1,
+            ..b
+        },
+    );
+    check(
+        "cut unknown",
+        World::mirrored(),
+        Budget {
+            cuts: 1,
+            unknowns: 1,
+            ..b
+        },
+    );
+    check(
+        "cut delay",
+        World::mirrored(),
+        Budget {
+            cuts: 1,
+            delays: 1,
+            ..b
+        },
+    );
+    check(
+        "crash start protect",
+        World::mirrored(),
+        Budget {
+            crashes: 1,
+            starts: 1,
+            protects: 1,
+            ..b
+        },
+    );
+    check(
+        "cut protect copy",
+        World::mirrored(),
+        Budget {
+            cuts: 1,
+            copies: 1,
+            protects: 1,
+            ..b
+        },
+    );
+    check(
+        "protect unknown crash start",
+        World::solo(),
+        Budget {
+            unknowns: 1,
+            crashes: 1,
+            protects: 1,
+            starts: 1,
+            ..b
+        },
+    );
+    check(
+        "switch unknown crash freeze",
+        World::mirrored(),
+        Budget {
+            unknowns: 1,
+            crashes: 1,
+            freezes: 1,
+            switchovers: 1,
+            ..b
+        },
+    );
+    check(
+        "freeze unknown",
+        World::mirrored(),
+        Budget {
+            freezes: 1,
+            unknowns: 1,
+            ..b
+        },
+    );
+}
