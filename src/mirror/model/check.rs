@@ -1,8 +1,8 @@
 //! The invariants, checked against what really is.
 
-use super::world::{NAMES, Role, World, name};
+use super::world::{NAMES, World, name};
 use crate::mirror::standby::StandbyEnd;
-use crate::pool::{Epoch, Generation};
+use crate::pool::{Epoch, Generation, HostName};
 
 /// A rule that was broken.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -142,16 +142,11 @@ impl World {
 
     /// Whether nobody can be blamed that the VM runs nowhere: it was shut down, or all whom the
     /// record counts on came to harm. A standby is not to blame either if the write that names
-    /// it landed after it had given up on a dead owner.
+    /// it landed after it had waited for that long enough.
     pub(super) fn is_excused(&self) -> bool {
         let record = &self.record.value;
-        let harmed = |host: &crate::pool::HostName| {
-            (0..2).any(|h| {
-                let it = &self.hosts[h];
-                let gave_up = it.gave_up_at.is_some_and(|at| at < self.record.version)
-                    && matches!(it.role, Role::Idle);
-                name(h) == *host && (it.harmed || gave_up)
-            })
+        let harmed = |host: &HostName| {
+            (0..2).any(|h| name(h) == *host && (self.hosts[h].harmed || self.hosts[h].gave_up))
         };
         !record.running || harmed(&record.owner) && record.standby.iter().all(harmed)
     }

@@ -555,13 +555,13 @@ impl World {
                     let Host {
                         deaf,
                         harmed,
-                        gave_up_at,
+                        gave_up,
                         ..
                     } = self.hosts[h];
                     self.hosts[h] = Host {
                         deaf,
                         harmed,
-                        gave_up_at,
+                        gave_up,
                         ..Host::new()
                     };
                 }
@@ -654,6 +654,12 @@ impl World {
             }
         }
         self.now = self.now + Micros(ticks * TICK.0);
+        for h in 0..2 {
+            // Other inputs wake it as well: states are not to differ in the phase of a timer alone.
+            if self.listens(h) && self.hosts[h].is_at_rest() {
+                self.tell(h, PrimaryInput::Tick, StandbyInput::Tick);
+            }
+        }
     }
 
     /// Writes that nobody waits for and that can never win change nothing.

@@ -114,12 +114,15 @@ impl World {
     }
 }
 
+/// Ticks until a side has effect; none if nobody can be blamed that none ever has.
+type Ahead = Option<u64>;
+
 struct Explorer {
     seen: HashSet<u64, Hashed>,
     /// How each state was first reached: from which, by what.
     came: Vec<(u32, Event)>,
     /// States without faults to come, and ticks until a side has effect.
-    settled: HashMap<u64, u64, Hashed>,
+    settled: HashMap<u64, Ahead, Hashed>,
     done: Explored,
 }
 
@@ -209,7 +212,7 @@ impl Explorer {
         }
         for world in worlds {
             match self.settle(world) {
-                Ok(ticks) => self.done.settled_in = self.done.settled_in.max(ticks),
+                Ok(ahead) => self.done.settled_in = self.done.settled_in.max(ahead.unwrap_or(0)),
                 Err(violation) => return Err(self.found(violation, start, at, None)),
             }
         }
@@ -217,9 +220,8 @@ impl Explorer {
     }
 
     /// **liveness**: follow the one way on without faults until it goes round in a circle. In
-    /// it one side has effect outside, or all that had the VM came to harm. Returns the ticks
-    /// until there is an effect.
-    fn settle(&mut self, mut world: World) -> Result<u64, Violation> {
+    /// it one side has effect outside, or all that had the VM came to harm.
+    fn settle(&mut self, mut world: World) -> Result<Ahead, Violation> {
         /// A state on the way: ticks to the next one, whether something has effect until then.
         struct Passed {
             state: u64,
@@ -231,8 +233,8 @@ impl Explorer {
         let mut steps = Vec::new();
         let mut ahead = loop {
             let state = world.fingerprint();
-            if let Some(ticks) = self.settled.get(&state) {
-                break *ticks;
+            if let Some(ahead) = self.settled.get(&state) {
+                break *ahead;
             }
             if let Some(first) = index.get(&state) {
                 let mut circle = way[*first..].iter();
@@ -245,10 +247,7 @@ impl Explorer {
                 })?;
                 // Ticks from the circle's begin to its first effect.
                 let idle = way[*first..].iter().take_while(|passed| !passed.effect);
-                break match lives {
-                    true => idle.map(|passed| passed.ticks).sum(),
-                    false => 0,
-                };
+                break lives.then(|| idle.map(|passed| passed.ticks).sum());
             }
             ensure(way.len() < SETTLING_STEPS_MAX, "liveness", || {
                 "the pair does not settle without faults".into()
@@ -262,16 +261,14 @@ impl Explorer {
                 effect: ungated || world.spoke,
             });
         };
-        let mut longest = 0;
         for passed in way.iter().rev() {
             ahead = match passed.effect {
-                true => 0,
-                false => ahead + passed.ticks,
+                true => Some(0),
+                false => ahead.map(|ticks| ticks + passed.ticks),
             };
-            longest = longest.max(ahead);
             self.settled.insert(passed.state, ahead);
         }
-        Ok(longest)
+        Ok(ahead)
     }
 
     /// The shortest way to a violation, in words.

@@ -155,7 +155,8 @@ impl World {
     }
 
     fn standby_action(&mut self, h: usize, action: StandbyAction) -> Checked {
-        let Role::Standby(_, copy) = &mut self.hosts[h].role else {
+        let now = self.now;
+        let Role::Standby(machine, copy) = &mut self.hosts[h].role else {
             return Ok(());
         };
         let attempt = copy.attempt;
@@ -179,13 +180,14 @@ impl World {
                 self.alive_on = h;
             }
             StandbyAction::StandDown { why } => {
-                self.check_standby_end(h, attempt, &why)?;
-                match why {
-                    StandbyEnd::Broken { .. } => {
-                        self.hosts[h].harmed = true;
-                        self.send(h, CONTROL, Message::StandbyGone(attempt));
-                    }
-                    _ => self.hosts[h].gave_up_at = Some(self.record.version),
+                let gave_up = machine.has_lost_patience(now);
+                if !gave_up {
+                    self.check_standby_end(h, attempt, &why)?;
+                }
+                self.hosts[h].gave_up = gave_up;
+                if matches!(why, StandbyEnd::Broken { .. }) {
+                    self.hosts[h].harmed = true;
+                    self.send(h, CONTROL, Message::StandbyGone(attempt));
                 }
                 self.end_role(h);
             }
@@ -244,14 +246,14 @@ impl World {
     }
 
     pub(super) fn crash(&mut self, h: usize, wire_lost: bool) {
-        let gave_up_at = self.hosts[h].gave_up_at;
+        let gave_up = self.hosts[h].gave_up;
         // A host that had nothing of the VM loses nothing.
         let harmed = self.hosts[h].harmed || !matches!(self.hosts[h].role, Role::Idle);
         self.end_role(h);
         self.hosts[h] = Host {
             up: false,
             harmed,
-            gave_up_at,
+            gave_up,
             deaf: self.hosts[h].deaf,
             ..Host::new()
         };
@@ -287,7 +289,7 @@ impl World {
         let host = &mut self.hosts[h];
         host.role = Role::Primary(Box::new(machine), guest);
         host.harmed = false;
-        host.gave_up_at = None;
+        host.gave_up = false;
         self.alive_on = h;
         let verdict = self.hosts[h].verdict;
         self.tell_primary(h, PrimaryInput::PeerVerdict(verdict));
@@ -374,7 +376,7 @@ impl World {
         let host = &mut self.hosts[h];
         host.role = Role::Standby(machine, copy);
         host.harmed = false;
-        host.gave_up_at = None;
+        host.gave_up = false;
         if host.verdict == Verdict::Lost {
             self.tell_standby(h, StandbyInput::PeerVerdict(Verdict::Lost));
         }

@@ -213,8 +213,8 @@ pub(super) struct Host {
     pub(super) starting: Option<Versioned<VmRecord>>,
     /// Lost the guest or the copy it had, by a crash or a death.
     pub(super) harmed: bool,
-    /// The version of a record that did not count on this host when it gave its copy up.
-    pub(super) gave_up_at: Option<u64>,
+    /// Gave its copy up because nobody named it for [`crate::mirror::ORPHAN_PATIENCE`].
+    pub(super) gave_up: bool,
 }
 
 /// A registry operation on its way.
@@ -272,7 +272,7 @@ impl Host {
             role: Role::Idle,
             starting: None,
             harmed: false,
-            gave_up_at: None,
+            gave_up: false,
         }
     }
 
@@ -301,6 +301,15 @@ impl Host {
     /// An instance whose packets and writes go straight to the world.
     pub(super) const fn ungated(&self) -> bool {
         self.up && matches!(&self.role, Role::Primary(_, guest) if !guest.gated)
+    }
+
+    /// Waits for others, and for no time of its own that comes soon.
+    pub(super) fn is_at_rest(&self) -> bool {
+        match &self.role {
+            Role::Idle => false,
+            Role::Primary(_, guest) => !guest.gated,
+            Role::Standby(_, copy) => copy.preparing || copy.applied == Epoch(0),
+        }
     }
 
     /// What the detector should say.
@@ -444,10 +453,12 @@ impl Host {
             role,
             starting,
             harmed,
-            gave_up_at,
+            gave_up,
         } = self;
-        (up, frozen, silent, deaf, verdict, link_told, harmed).hash(into);
-        gave_up_at.map(|version| frame.version(version)).hash(into);
+        (
+            up, frozen, silent, deaf, verdict, link_told, harmed, gave_up,
+        )
+            .hash(into);
         starting
             .iter()
             .for_each(|record| frame.record(record, into));

@@ -6,8 +6,8 @@
 
 use super::machine::Standby;
 use super::{StandbyAction, StandbyState};
-use crate::mirror::ORPHAN_PATIENCE;
 use crate::mirror::model::Frame;
+use crate::mirror::{Micros, ORPHAN_PATIENCE};
 use crate::pool::Epoch;
 use std::hash::{Hash, Hasher};
 use std::mem::discriminant;
@@ -95,6 +95,12 @@ impl Standby {
     /// The newest epoch that is acknowledged: what a view counts from.
     pub(in crate::mirror) const fn newest_acked(&self) -> Epoch {
         self.acked
+    }
+
+    /// Whether it has waited long enough to be named: a write that names it is not on its way
+    /// any more, or if it is, nobody can know.
+    pub(in crate::mirror) fn has_lost_patience(&self, now: Micros) -> bool {
+        now.since(self.last_epoch_at) >= ORPHAN_PATIENCE
     }
 
     /// Whether actions wait to be carried out.
