@@ -77,6 +77,7 @@ pub(super) enum Step {
     },
     Dies(usize),
     CutFails(usize),
+    Output(usize),
     Start(usize),
     Protect(usize),
     Unprotect(usize),
@@ -299,6 +300,9 @@ impl World {
                 if left.cut_failures > 0 && guest.cutting.is_some() {
                     steps.push(Step::CutFails(h));
                 }
+                if left.outputs > 0 && guest.gated && state != PrimaryState::Claiming {
+                    steps.push(Step::Output(h));
+                }
                 if left.protects > 0 && state == PrimaryState::Solo {
                     steps.push(Step::Protect(h));
                 }
@@ -333,6 +337,7 @@ impl World {
             | Step::StartClaim(h)
             | Step::Dies(h)
             | Step::CutFails(h)
+            | Step::Output(h)
             | Step::Protect(h)
             | Step::Unprotect(h)
             | Step::Switchover(h)
@@ -548,6 +553,10 @@ impl World {
             Step::CutFails(h) => {
                 left.cut_failures -= 1;
                 self.cut_ends(h, false);
+            }
+            Step::Output(h) => {
+                left.outputs -= 1;
+                self.tell_primary(h, PrimaryInput::OutputWaiting);
             }
             Step::Start(h) => {
                 left.starts -= 1;

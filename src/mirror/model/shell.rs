@@ -3,9 +3,10 @@
 
 use super::check::{Checked, Violation, ensure};
 use super::world::{
-    CONTROL, Copied, EPOCHS, Frozen, Guest, Host, Message, NAMES, Op, Role, TIMING, World, name,
+    CONTROL, Copied, EPOCHS, Frozen, Guest, Host, INTERVAL_MAX, Message, NAMES, Op, Role, TIMING, World, name,
 };
 use crate::mirror::primary::PrimaryEnd;
+use crate::mirror::sabotage::{Bug, sabotaged};
 use crate::mirror::standby::StandbyEnd;
 use crate::mirror::{
     Alert, ClaimOutcome, MAX_IN_FLIGHT, Micros, Policy, Primary, PrimaryAction, PrimaryConfig,
@@ -109,7 +110,7 @@ impl World {
                 guest.cutting = Some((epoch, stay_stopped));
             }
             PrimaryAction::Release { through, until } => {
-                if self.now >= until {
+                if self.now >= until && !sabotaged(Bug::ClockNotLookedAt) {
                     let for_ = Micros::ZERO;
                     self.tell_primary(h, PrimaryInput::SelfStalled { for_ });
                     return Ok(());
@@ -272,6 +273,7 @@ impl World {
             policy: Policy {
                 // Flow control is not what is checked here; so it never holds the guest.
                 overload: Overload::Solo,
+                interval_max: INTERVAL_MAX,
                 ..Policy::default()
             },
             max_in_flight: MAX_IN_FLIGHT,

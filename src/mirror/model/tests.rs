@@ -17,6 +17,42 @@ fn check(what: &str, start: World, budget: Budget) -> Explored {
 }
 
 #[test]
+fn bugs() {
+    use crate::mirror::sabotage::{Bug, with_bug};
+    let b = Budget::NONE;
+    let all = [
+        (Bug::ReleaseBeforeAck, World::mirrored(), b),
+        (Bug::AckBeforeWhole, World::mirrored(), Budget { delays: 1, ..b }),
+        (Bug::PromoteWithoutClaim, World::mirrored(), Budget { cuts: 1, ..b }),
+        (Bug::SoloWithoutClaim, World::mirrored(), Budget { cuts: 1, ..b }),
+        (Bug::GenerationNotCompared, World::mirrored(), Budget { copies: 1, cuts: 1, protects: 1, ..b }),
+        (Bug::StaleAckAccepted, World::mirrored(), Budget { freezes: 1, ..b }),
+        (Bug::PromoteBeforeApply, World::mirrored(), Budget { crashes: 1, delays: 1, ..b }),
+        (Bug::DismissBeforeCommit, World::mirrored(), Budget { unprotects: 1, ..b }),
+        (Bug::UnknownIsWon, World::mirrored(), Budget { cuts: 1, unknowns: 1, ..b }),
+        (Bug::ReleaseBeforeConfirm, World::solo(), Budget { protects: 1, ..b }),
+        (Bug::LeaseNotWaited, World::mirrored(), Budget { cuts: 1, ..b }),
+        (Bug::ClockNotLookedAt, World::mirrored(), Budget { freezes: 1, ..b }),
+        (Bug::FreezeNotNoticed, World::mirrored(), Budget { freezes: 2, cuts: 1, delays: 1, ..b }),
+        (Bug::UnknownIsLost, World::solo(), Budget { protects: 1, unknowns: 1, ..b }),
+        (Bug::OwnWinNotSeen, World::mirrored(), Budget { crashes: 1, unknowns: 1, ..b }),
+        (Bug::ClaimUnnamed, World::solo(), Budget { protects: 1, cuts: 1, losses: 1, ..b }),
+        (Bug::AckWhileClaiming, World::mirrored(), Budget { freezes: 1, cuts: 1, delays: 1, ..b }),
+        (Bug::NeverAsksAgain, World::mirrored(), Budget { cuts: 1, unknowns: 1, ..b }),
+    ];
+    for (bug, start, budget) in all {
+        let began = std::time::Instant::now();
+        match with_bug(bug, || explore(start, budget, 3_000_000)) {
+            Ok(done) => println!("{bug:?}: NOT FOUND {done:?} {:?}", began.elapsed()),
+            Err(found) => {
+                println!("{bug:?}: {} {} {} states, {} lines {:?}", found.violation.invariant, found.violation.what, found.states, found.trace.len(), began.elapsed());
+                if std::env::var("TRACE").is_ok() { println!("{found:?}"); }
+            }
+        }
+    }
+}
+
+#[test]
 fn scratch() {
     let b = Budget::NONE;
     check("calm", World::mirrored(), b);

@@ -124,6 +124,7 @@ impl World {
             }
             Step::Dies(h) => format!("FAULT: the guest dies on {}", name(h)),
             Step::CutFails(h) => format!("FAULT: the checkpoint on {} fails", name(h)),
+            Step::Output(h) => format!("output waits on {}", name(h)),
             Step::Start(h) => format!(
                 "{} is told to start the VM if the record allows it",
                 name(h)

@@ -22,6 +22,9 @@ pub(super) const TIMING: Timing = Timing {
     lag_alarm: Micros(20 * TICK.0),
 };
 
+/// Between checkpoints while no output waits; if some does, the next tick brings one.
+pub(super) const INTERVAL_MAX: Micros = Micros(2 * TICK.0);
+
 /// Ticks of silence until the detector says lost.
 pub(super) const SILENT_MAX: u8 = 2;
 
@@ -53,6 +56,8 @@ pub(super) struct Budget {
     pub(super) deaths: u8,
     /// A checkpoint fails.
     pub(super) cut_failures: u8,
+    /// Output waits, so that the next checkpoint comes sooner.
+    pub(super) outputs: u8,
     /// A host is asked to start the VM by the record, after a crash or a death.
     pub(super) starts: u8,
     pub(super) protects: u8,
@@ -72,6 +77,7 @@ impl Budget {
         unknowns: 0,
         deaths: 0,
         cut_failures: 0,
+        outputs: 0,
         starts: 0,
         protects: 0,
         unprotects: 0,

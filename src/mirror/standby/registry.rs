@@ -33,11 +33,16 @@ impl Standby {
         let named = record.standby.as_ref() == Some(&self.config.me);
         if record.generation < mine {
             Standing::Behind
-        } else if record.owner == self.config.me && record.generation > mine && record.running {
+        } else if record.owner == self.config.me
+            && record.generation > mine
+            && record.running
+            && !sabotaged(Bug::OwnWinNotSeen)
+        {
             Standing::Owner
         } else if record.owner == self.config.primary && record.generation == mine && record.running
         {
             match (&record.standby, named) {
+                (None, _) if sabotaged(Bug::ClaimUnnamed) => Standing::Named,
                 (None, _) => Standing::NotYet,
                 (_, true) => Standing::Named,
                 (_, false) => Standing::Other,
