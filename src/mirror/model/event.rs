@@ -180,7 +180,8 @@ impl World {
                 if guest.unsent.is_some() {
                     steps.push(Step::Send(h));
                 }
-                if guest.seeding {
+                // A checkpoint of the attempt before is over by then.
+                if guest.seeding && guest.cutting.is_none() {
                     steps.push(Step::Converged(h));
                 }
             }
@@ -231,7 +232,12 @@ impl World {
                 if left.delays > 0 {
                     steps.push(Step::Delay { from, lane });
                 }
-                if left.copies > 0 && self.listens(1 - h) && !self.link_down {
+                // A control lane delivers once; a session that is set up anew re-sends epochs.
+                let twice = matches!(
+                    self.lanes[h][lane][0],
+                    Message::Epoch(..) | Message::Ack(..)
+                );
+                if left.copies > 0 && twice && self.listens(1 - h) && !self.link_down {
                     steps.push(Step::Copy { from, lane });
                 }
             }

@@ -3,7 +3,8 @@
 
 use super::check::{Checked, Violation, ensure};
 use super::world::{
-    CONTROL, Copied, EPOCHS, Frozen, Guest, Host, INTERVAL_MAX, Message, NAMES, Op, Role, TIMING, World, name,
+    CONTROL, Copied, EPOCHS, Frozen, Guest, Host, INTERVAL_MAX, Message, NAMES, Op, Role, TIMING,
+    World, name,
 };
 use crate::mirror::primary::PrimaryEnd;
 use crate::mirror::sabotage::{Bug, sabotaged};

@@ -19,6 +19,7 @@ pub(super) const TIMING: Timing = Timing {
     link_down_bound: Micros(2 * TICK.0),
     ack_overdue: Micros(5 * TICK.0),
     silence_claim: Micros(26 * TICK.0),
+    orphan_patience: Micros(28 * TICK.0),
     lag_alarm: Micros(20 * TICK.0),
 };
 
@@ -48,7 +49,7 @@ pub(super) struct Budget {
     pub(super) losses: u8,
     /// A message, a registry operation, its answer or an apply takes as long as it likes.
     pub(super) delays: u8,
-    /// A copy of a message arrives some time later.
+    /// A copy of an epoch or an acknowledgement arrives some time later.
     pub(super) copies: u8,
     /// A registry operation ends without an answer: with effect, without, or with a late one.
     pub(super) unknowns: u8,
@@ -219,7 +220,7 @@ pub(super) struct Host {
     pub(super) starting: Option<Versioned<VmRecord>>,
     /// Lost the guest or the copy it had, by a crash or a death.
     pub(super) harmed: bool,
-    /// Gave its copy up because nobody named it for [`crate::mirror::ORPHAN_PATIENCE`].
+    /// Gave its copy up because nobody named it for [`Timing::orphan_patience`].
     pub(super) gave_up: bool,
 }
 

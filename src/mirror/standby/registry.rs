@@ -8,8 +8,8 @@ use super::machine::Standby;
 use super::{StandbyAction, StandbyEnd, StandbyState};
 use crate::mirror::sabotage::{Bug, sabotaged};
 use crate::mirror::{
-    Alert, ClaimOutcome, Micros, ORPHAN_PATIENCE, REGISTRY_RETRY_MAX, REGISTRY_RETRY_MIN,
-    SILENCE_BOUND, Ticket, Versioned, VmRecord,
+    Alert, ClaimOutcome, Micros, REGISTRY_RETRY_MAX, REGISTRY_RETRY_MIN, SILENCE_BOUND, Ticket,
+    Versioned, VmRecord,
 };
 
 /// What the record says about this host.
@@ -164,7 +164,8 @@ impl Standby {
             (Standing::NotYet, S::Unconfirmed) => {}
             // Later states too: a slow answer may be older than the confirmation.
             (Standing::NotYet, S::Checking | S::Mirrored | S::Suspecting | S::Claiming) => {
-                let given_up = self.now.since(self.last_epoch_at) >= ORPHAN_PATIENCE;
+                let given_up =
+                    self.now.since(self.last_epoch_at) >= self.config.timing.orphan_patience;
                 if given_up && self.state != S::Suspecting {
                     let reason = "the primary was lost before the record named this host".into();
                     return self.stand_down(StandbyEnd::NotNamed { reason });

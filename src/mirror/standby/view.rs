@@ -6,8 +6,8 @@
 
 use super::machine::Standby;
 use super::{StandbyAction, StandbyState};
+use crate::mirror::Micros;
 use crate::mirror::model::Frame;
-use crate::mirror::{Micros, ORPHAN_PATIENCE};
 use crate::pool::Epoch;
 use std::hash::{Hash, Hasher};
 use std::mem::discriminant;
@@ -72,7 +72,7 @@ impl Standby {
         (frame.ahead(*retry_at), frame.ahead(*silence_at)).hash(into);
         // The first epoch sets it, and whoever is promoted does not ask any more.
         if !matches!(state, S::Preparing | S::Seeding | S::Promoting) && !overslept {
-            frame.ago(*last_epoch_at, ORPHAN_PATIENCE).hash(into);
+            frame.ago(*last_epoch_at, timing.orphan_patience).hash(into);
         }
         frame.around(*promised_wakeup, timing.detection).hash(into);
         for action in actions {
@@ -100,7 +100,7 @@ impl Standby {
     /// Whether it has waited long enough to be named: a write that names it is not on its way
     /// any more, or if it is, nobody can know.
     pub(in crate::mirror) fn has_lost_patience(&self, now: Micros) -> bool {
-        now.since(self.last_epoch_at) >= ORPHAN_PATIENCE
+        now.since(self.last_epoch_at) >= self.config.timing.orphan_patience
     }
 
     /// Whether actions wait to be carried out.
