@@ -27,6 +27,9 @@ pub(super) struct Explored {
     /// States in which a promoted guest runs, and in which one runs solo after a mirror.
     pub(super) promoted: usize,
     pub(super) solo: usize,
+    /// States of either machine that were seen, a bit for each.
+    pub(super) primaries: u32,
+    pub(super) standbys: u32,
     /// Longest time until one side has effect again once faults are over, ticks.
     pub(super) settled_in: u64,
 }
@@ -201,6 +204,17 @@ impl Explorer {
 
     fn look(&mut self, world: &World, start: &World, at: u32) -> Result<(), Box<Found>> {
         let ungated = world.hosts.iter().position(Host::ungated);
+        for host in &world.hosts {
+            match &host.role {
+                Role::Idle => {}
+                Role::Primary(machine, _) => {
+                    self.done.primaries |= 1 << machine.status(world.now).state as u32;
+                }
+                Role::Standby(machine, _) => {
+                    self.done.standbys |= 1 << machine.status(world.now).state as u32;
+                }
+            }
+        }
         self.done.promoted += usize::from(ungated == Some(1));
         self.done.solo += usize::from(ungated == Some(0) && world.released.1.0 > 0);
         let mut worlds = vec![world.clone().with(Budget::NONE)];

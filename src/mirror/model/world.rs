@@ -19,6 +19,7 @@ pub(super) const TIMING: Timing = Timing {
     link_down_bound: Micros(2 * TICK.0),
     ack_overdue: Micros(5 * TICK.0),
     silence_claim: Micros(26 * TICK.0),
+    prepare_patience: Micros(6 * TICK.0),
     orphan_patience: Micros(28 * TICK.0),
     lag_alarm: Micros(20 * TICK.0),
 };
@@ -85,6 +86,27 @@ impl Budget {
         switchovers: 0,
         shutdowns: 0,
     };
+
+    /// Both.
+    pub(super) const fn and(self, other: Self) -> Self {
+        Self {
+            crashes: self.crashes + other.crashes,
+            freezes: self.freezes + other.freezes,
+            cuts: self.cuts + other.cuts,
+            losses: self.losses + other.losses,
+            delays: self.delays + other.delays,
+            copies: self.copies + other.copies,
+            unknowns: self.unknowns + other.unknowns,
+            deaths: self.deaths + other.deaths,
+            cut_failures: self.cut_failures + other.cut_failures,
+            outputs: self.outputs + other.outputs,
+            starts: self.starts + other.starts,
+            protects: self.protects + other.protects,
+            unprotects: self.unprotects + other.unprotects,
+            switchovers: self.switchovers + other.switchovers,
+            shutdowns: self.shutdowns + other.shutdowns,
+        }
+    }
 }
 
 /// Against what numbers and times are read, so that states that differ only in them are one.
