@@ -29,7 +29,8 @@ pub(crate) enum Bug {
     ReleaseBeforeConfirm,
     /// The standby is promoted within the lease of its last acknowledgement.
     LeaseNotWaited,
-    /// The shell lets an epoch out without looking at the clock once more.
+    /// The model's shell lets an epoch out without looking at the clock once more.
+    #[cfg(test)]
     ClockNotLookedAt,
     /// The primary notices no freeze of its own.
     FreezeNotNoticed,

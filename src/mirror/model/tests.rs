@@ -74,20 +74,25 @@ enum From {
     Solo,
 }
 
-/// States a case may have; only wide ones of `make soak` come near it.
-fn states_max() -> usize {
-    std::env::var("POLLUX_MODEL_STATES")
-        .ok()
-        .map_or(5_000_000, |n| {
-            n.parse().expect("POLLUX_MODEL_STATES is a number")
-        })
+/// States a case may have, for memory's sake (1 KiB each); only the widest come near it.
+const STATES_MAX: usize = 5_000_000;
+
+fn begin(from: From, budget: Budget) -> (World, Budget) {
+    match from {
+        From::Mirrored => (World::mirrored(), budget),
+        From::Solo => (World::solo(), budget.and(PROTECT)),
+    }
 }
 
 fn try_case(from: From, budget: Budget) -> Result<Explored, Box<Found>> {
-    match from {
-        From::Mirrored => explore(World::mirrored(), budget, states_max()),
-        From::Solo => explore(World::solo(), budget.and(PROTECT), states_max()),
-    }
+    let (start, budget) = begin(from, budget);
+    explore(start, budget, STATES_MAX)
+}
+
+/// With a bug put back once the case begins.
+fn try_bug(bug: Bug, from: From, budget: Budget) -> Result<Explored, Box<Found>> {
+    let (start, budget) = begin(from, budget);
+    with_bug(bug, || explore(start, budget, STATES_MAX))
 }
 
 /// What several cases came to.
@@ -234,7 +239,7 @@ fn all_pairs_of_what_can_happen_to_the_end() {
 
 /// The bug is found, and by breaking this rule.
 fn finds(bug: Bug, invariant: &str, from: From, budget: Budget) {
-    match with_bug(bug, || try_case(from, budget)) {
+    match try_bug(bug, from, budget) {
         Ok(done) => panic!("{bug:?} is not found: {done:?}"),
         Err(found) => {
             println!("{bug:?}: {found:?}");
@@ -329,6 +334,6 @@ fn a_pair_that_stands_still_for_ever_is_found() {
 /// one rate, as here, the lease alone lets nothing out.
 #[test]
 fn a_freeze_that_is_not_noticed_lets_nothing_out_within_the_lease() {
-    let done = with_bug(Bug::FreezeNotNoticed, || try_case(From::Mirrored, FREEZE));
+    let done = try_bug(Bug::FreezeNotNoticed, From::Mirrored, FREEZE);
     assert!(done.unwrap().whole);
 }

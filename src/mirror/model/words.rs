@@ -2,6 +2,7 @@
 
 use super::event::{Cut, Event, Step};
 use super::world::{CONTROL, Message, NAMES, World};
+use crate::mirror::Verdict;
 use std::fmt;
 
 impl fmt::Display for Message {
@@ -79,8 +80,24 @@ impl World {
             Step::HurryApply(h) => format!("{} goes on applying", name(h)),
             Step::Ghost(i) => format!("{} lands late", self.op(i)),
             Step::Continue(h) => format!("{} goes on where it froze", name(h)),
-            Step::Verdict(h) => format!("the detector on {} changes its mind", name(h)),
-            Step::LinkNews(h) => format!("{} learns how the link is", name(h)),
+            Step::Verdict(h) => {
+                let verdict = match self.hosts[h].verdict_due() {
+                    Some(Verdict::Lost) => "lost",
+                    _ => "alive",
+                };
+                format!(
+                    "the detector on {} says that {} is {verdict}",
+                    name(h),
+                    name(1 - h)
+                )
+            }
+            Step::LinkNews(h) => {
+                let link = match self.link_down {
+                    true => "down",
+                    false => "up",
+                };
+                format!("{} learns that the link is {link}", name(h))
+            }
             Step::Wake(h) => format!("{} wakes by its timer", name(h)),
             Step::CutDone(h) => format!("the checkpoint on {} is taken", name(h)),
             Step::Send(h) => format!("{} hands the epoch to the link", name(h)),

@@ -21,9 +21,8 @@
 //!   again, unless all whom the record counts on came to harm.
 //!
 //! That it can fail is shown by putting bugs back ([`super::sabotage`]); what is found comes
-//! with the shortest way there, in words.
-//!
-//! `POLLUX_MODEL_STATES` bounds the states explored per case, if memory does not suffice.
+//! with the shortest way there, in words. `make test` explores the narrow pairs of what can
+//! happen, `make soak` all of them.
 
 mod check;
 mod event;
