@@ -150,4 +150,12 @@ impl World {
         };
         !record.running || harmed(&record.owner) && record.standby.iter().all(harmed)
     }
+
+    /// **bounded**: whatever happens, neither side sends or asks without end.
+    pub(super) fn check_bounded(&self) -> Checked {
+        let most = self.lanes.iter().flatten().map(Vec::len).max().unwrap_or(0);
+        ensure(most <= 16 && self.ops.len() <= 8, "bounded", || {
+            "messages or registry operations pile up".into()
+        })
+    }
 }

@@ -28,6 +28,7 @@ mod check;
 mod event;
 mod explore;
 mod shell;
+mod step;
 #[cfg(test)]
 mod tests;
 mod words;
