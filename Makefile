@@ -20,7 +20,7 @@ help:
 	@echo '  make verify    read-only: format, lints, rooms, licences, docs'
 	@echo '  make fix       writes: format, and the lints that can mend themselves'
 	@echo '  make bench     measure; docs/promises.md holds the numbers'
-	@echo '  make soak      both simulators over many seeds (SEEDS=$(SEEDS)), the model check of the statefile'
+	@echo '  make soak      both simulators over many seeds (SEEDS=$(SEEDS)), the model checks of statefile and claims'
 	@echo '  make fuzz      every decoder of the interconnect (FUZZ_SECONDS=$(FUZZ_SECONDS) each)'
 	@echo '  make advisories  known holes in dependencies (asks the network for the list)'
 	@echo
@@ -64,6 +64,7 @@ soak: build
 	$(POLLUX) sim run scenarios/ --seeds $(SEEDS)
 	POLLUX_SEEDS=$(SEEDS) $(CARGO) test --locked -p pollux sim -- --nocapture --include-ignored
 	POLLUX_MODEL_STEPS=$(MODEL_STEPS) $(CARGO) test --locked -p pollux --lib statefile::model -- --nocapture
+	$(CARGO) test --locked -p pollux --lib mirror::model -- --nocapture --include-ignored
 
 fuzz: setup
 	FUZZ_SECONDS=$(FUZZ_SECONDS) scripts/fuzz

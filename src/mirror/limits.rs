@@ -23,14 +23,6 @@ pub const REGISTRY_RETRY_MIN: Micros = Micros::from_millis(50);
 /// not wait much longer than the outage, and a registry that comes back should not drown.
 pub const REGISTRY_RETRY_MAX: Micros = Micros::from_millis(1000);
 
-/// A partner that has not made a standby ready by then will not: QEMU starts in 50 to
-/// 90 ms (QEMU.md section 5), the rest is allocation of memory.
-pub const PREPARE_PATIENCE: Micros = Micros::from_millis(30_000);
-
-/// A standby whose primary is lost and which the record does not name keeps reading this
-/// long after its last epoch, in case the primary's last write is still on its way; then it stands down.
-pub const ORPHAN_PATIENCE: Micros = Micros::from_millis(10_000);
-
 /// A standby that has heard of no epoch for this long reads the record: the primary's last
 /// word (handed over, dismissed, confirmed) may have been lost with its host. Twice the
 /// longest interval between cuts of [`super::Policy::default`].
@@ -57,6 +49,13 @@ pub struct Timing {
     /// primary's host is alive: the VM is gone there and its last word was lost, or its
     /// shell hangs. Later than the primary itself would give up.
     pub silence_claim: Micros,
+    /// A partner that has not made a standby ready by then will not: QEMU starts in 50 to
+    /// 90 ms (QEMU.md section 5), the rest is allocation of memory.
+    pub prepare_patience: Micros,
+    /// A standby whose primary is lost and which the record does not name keeps reading this
+    /// long after its last epoch, in case the primary's last write is still on its way; then
+    /// it stands down.
+    pub orphan_patience: Micros,
     /// Replication lag at which a VM is no longer called mirrored and an alert is raised.
     pub lag_alarm: Micros,
 }
@@ -71,6 +70,8 @@ impl Timing {
         link_down_bound: Micros::from_millis(100),
         ack_overdue: Micros::from_millis(3000),
         silence_claim: Micros::from_millis(4000),
+        prepare_patience: Micros::from_millis(30_000),
+        orphan_patience: Micros::from_millis(10_000),
         lag_alarm: Micros::from_millis(1000),
     };
 }
@@ -94,7 +95,7 @@ const _: () = {
         "the lease must not add blackout"
     );
     assert!(t.silence_claim.0 > t.ack_overdue.0 + 2 * SILENCE_BOUND.0 - 1);
-    assert!(ORPHAN_PATIENCE.0 > t.silence_claim.0);
+    assert!(t.orphan_patience.0 > t.silence_claim.0);
     assert!(REGISTRY_RETRY_MIN.0 <= REGISTRY_RETRY_MAX.0);
     assert!(MAX_IN_FLIGHT >= 1 && APPLY_BACKLOG_MAX >= 1);
 };

@@ -39,6 +39,8 @@
 
 pub mod flow;
 mod limits;
+#[cfg(test)]
+mod model;
 pub mod primary;
 mod record;
 pub(crate) mod sabotage;
@@ -106,7 +108,7 @@ impl fmt::Debug for Micros {
 }
 
 /// What the failure detector says about the partner host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// Its heartbeats arrive.
     Alive,

@@ -27,6 +27,23 @@ pub(crate) enum Bug {
     NeverHeldBack,
     /// The first epoch is released before the record names the standby.
     ReleaseBeforeConfirm,
+    /// The standby is promoted within the lease of its last acknowledgement.
+    LeaseNotWaited,
+    /// The model's shell lets an epoch out without looking at the clock once more.
+    #[cfg(test)]
+    ClockNotLookedAt,
+    /// The primary notices no freeze of its own.
+    FreezeNotNoticed,
+    /// The primary takes an unknown outcome of naming the standby for a loss.
+    UnknownIsLost,
+    /// The standby does not see that a claim with an unknown outcome was its own win.
+    OwnWinNotSeen,
+    /// The standby claims although the record does not name it.
+    ClaimUnnamed,
+    /// The standby still acknowledges epochs once it has begun to claim.
+    AckWhileClaiming,
+    /// After a claim with an unknown outcome the primary never asks again.
+    NeverAsksAgain,
 }
 
 #[cfg(not(test))]

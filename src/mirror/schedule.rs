@@ -237,6 +237,36 @@ impl Schedule {
         self.credited_at + Micros(debt.div_ceil(rate))
     }
 
+    /// What the times of later cuts depend on, for [`super::model`], whose cuts cost nothing:
+    /// no debt is ever made, so credit is left out.
+    #[cfg(test)]
+    pub(super) fn view(&self, now: Micros, into: &mut impl std::hash::Hasher) {
+        use std::hash::Hash;
+        let Self {
+            policy,
+            resumed_at,
+            runs_since,
+            output_since,
+            pressure,
+            busy_permille: _,
+            crowding: _,
+            idle,
+            link_free_at,
+            cut_by,
+            credit_ns: _,
+            credited_at: _,
+        } = self;
+        let long = policy.interval_ceiling;
+        (
+            now.since(*resumed_at).min(long),
+            now.since(*runs_since).min(long),
+        )
+            .hash(into);
+        output_since.map(|at| now.since(at).min(long)).hash(into);
+        (*pressure, *idle, link_free_at.since(now)).hash(into);
+        cut_by.map(|at| at.since(now)).hash(into);
+    }
+
     fn accrue(&mut self, now: Micros) {
         let rate = self.policy.overhead_permille;
         let cap = earned_ns(CREDIT_WINDOW, rate);

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 /// How long a new standby waits for what is left of the VM here: a deposed primary writes
 /// out its disks, an older standby gives back its memory. Well within the primary's
-/// [`crate::mirror::PREPARE_PATIENCE`], and far cheaper than its asking again.
+/// [`crate::mirror::Timing::prepare_patience`], and far cheaper than its asking again.
 const PUT_AWAY_PATIENCE: Duration = Duration::from_secs(10);
 /// Between two looks whether it is gone.
 const PUT_AWAY_LOOK_EVERY: Duration = Duration::from_millis(10);

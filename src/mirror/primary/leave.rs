@@ -2,8 +2,8 @@
 
 use super::machine::Primary;
 use super::{PrimaryAction, PrimaryEnd, PrimaryState};
+use crate::mirror::Alert;
 use crate::mirror::sabotage::{Bug, sabotaged};
-use crate::mirror::{Alert, PREPARE_PATIENCE};
 use crate::pool::HostName;
 
 impl Primary {
@@ -117,7 +117,7 @@ impl Primary {
     /// The attempt has its generation.
     pub(super) fn begin_preparing(&mut self, partner: HostName) {
         self.generation = self.record.value.generation;
-        self.prepare_until = self.now + PREPARE_PATIENCE;
+        self.prepare_until = self.now + self.config.timing.prepare_patience;
         self.become_(PrimaryState::Preparing);
         self.actions.push_back(PrimaryAction::PrepareStandby {
             partner,

@@ -20,7 +20,7 @@ pub(super) struct InFlight {
 }
 
 /// What one registry operation is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Purpose {
     /// Win a generation for an attempt.
     Reserve,
@@ -39,7 +39,7 @@ pub(super) enum Purpose {
 }
 
 /// What the operator wants of a running mirror.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Wish {
     Unprotect,
     Switchover,
@@ -366,6 +366,9 @@ impl Primary {
     // ---- the guest and this process ----
 
     pub(super) fn stalled(&mut self) {
+        if sabotaged(Bug::FreezeNotNoticed) {
+            return;
+        }
         self.verify = true;
         self.stalls += 1;
     }
@@ -556,12 +559,16 @@ impl Primary {
     /// The only place that changes the state.
     pub(super) fn become_(&mut self, next: PrimaryState) {
         debug_assert!(
-            self.state.may_become(next) || cfg!(test) && sabotaged(Bug::SoloWithoutClaim),
+            self.state.may_become(next) || sabotaged_solo(),
             "illegal step {:?} -> {next:?}",
             self.state
         );
         self.state = next;
     }
+}
+
+fn sabotaged_solo() -> bool {
+    sabotaged(Bug::SoloWithoutClaim) || sabotaged(Bug::UnknownIsLost)
 }
 
 fn sabotaged_release() -> bool {

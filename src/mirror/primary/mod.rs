@@ -29,6 +29,8 @@ mod registry;
 mod state;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod view;
 
 pub use machine::Primary;
 pub use state::{PRIMARY_TRANSITIONS, PrimaryState};

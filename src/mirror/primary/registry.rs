@@ -90,6 +90,15 @@ impl Primary {
                 let version = self.record.version + 1;
                 self.won(op.purpose, Versioned { version, value });
             }
+            ClaimOutcome::Unreachable { reason }
+                if sabotaged(Bug::UnknownIsLost)
+                    && op.purpose == Purpose::Confirm
+                    && self.state == PrimaryState::Confirming =>
+            {
+                self.go_solo();
+                self.actions.push_back(PrimaryAction::DismissStandby);
+                self.not_mirrored(reason);
+            }
             ClaimOutcome::Unreachable { reason } => self.unreachable(op.purpose, reason),
             ClaimOutcome::Won(record) => {
                 self.reached();
@@ -114,7 +123,10 @@ impl Primary {
     }
 
     fn unreachable(&mut self, purpose: Purpose, reason: String) {
-        self.retry_at = self.now + self.backoff;
+        self.retry_at = match sabotaged(Bug::NeverAsksAgain) {
+            true => Micros::MAX,
+            false => self.now + self.backoff,
+        };
         self.backoff = Micros(self.backoff.0 * 2).min(REGISTRY_RETRY_MAX);
         match purpose {
             Purpose::Probe(wish) => {

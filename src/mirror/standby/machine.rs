@@ -183,7 +183,7 @@ impl Standby {
     // ---- epochs ----
 
     pub(super) fn epoch_whole(&mut self, generation: Generation, epoch: Epoch) {
-        if generation != self.config.generation || !self.state.acknowledges() || self.broken {
+        if generation != self.config.generation || !self.takes_epochs() || self.broken {
             return;
         }
         self.silence_at = self.now + SILENCE_BOUND;
@@ -211,9 +211,14 @@ impl Standby {
         }
     }
 
+    fn takes_epochs(&self) -> bool {
+        let claims = matches!(self.state, StandbyState::Claiming | StandbyState::Promoting);
+        self.state.acknowledges() || claims && sabotaged(Bug::AckWhileClaiming)
+    }
+
     /// Acknowledge what is whole, in order, no further ahead of applying than allowed.
     pub(super) fn acknowledge(&mut self) {
-        if !self.state.acknowledges() {
+        if !self.takes_epochs() {
             return;
         }
         let mut newest = self.acked;
@@ -372,6 +377,7 @@ impl Standby {
     /// Rule 5: when the last acknowledgement is surely of no use to the primary any more.
     pub(super) fn lease_over_at(&self) -> Micros {
         match self.last_ack_at {
+            _ if sabotaged(Bug::LeaseNotWaited) => Micros::ZERO,
             Some(at) if !self.urgent => at + self.config.timing.lease,
             _ => Micros::ZERO,
         }

@@ -11,7 +11,7 @@
 //!       | failed, dismissed,  |           primary lost |        primary lost |   | alive again
 //!       v primary lost        v                        v                     v   |
 //!   StoodDown <------------------------------------ Checking              Suspecting
-//!       ^   ^   not named for ORPHAN_PATIENCE          | named               | delay over, or
+//!       ^   ^   not named for orphan_patience          | named               | delay over, or
 //!       |   |                                          v                     | it said so
 //!       |   +----------- lost --------------------- Claiming <---------------+
 //!       |                                              | won (or handed over)
@@ -26,6 +26,8 @@ mod registry;
 mod state;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod view;
 
 pub use machine::Standby;
 pub use state::{STANDBY_TRANSITIONS, StandbyState};

@@ -8,8 +8,8 @@ use super::machine::Standby;
 use super::{StandbyAction, StandbyEnd, StandbyState};
 use crate::mirror::sabotage::{Bug, sabotaged};
 use crate::mirror::{
-    Alert, ClaimOutcome, Micros, ORPHAN_PATIENCE, REGISTRY_RETRY_MAX, REGISTRY_RETRY_MIN,
-    SILENCE_BOUND, Ticket, Versioned, VmRecord,
+    Alert, ClaimOutcome, Micros, REGISTRY_RETRY_MAX, REGISTRY_RETRY_MIN, SILENCE_BOUND, Ticket,
+    Versioned, VmRecord,
 };
 
 /// What the record says about this host.
@@ -33,11 +33,16 @@ impl Standby {
         let named = record.standby.as_ref() == Some(&self.config.me);
         if record.generation < mine {
             Standing::Behind
-        } else if record.owner == self.config.me && record.generation > mine && record.running {
+        } else if record.owner == self.config.me
+            && record.generation > mine
+            && record.running
+            && !sabotaged(Bug::OwnWinNotSeen)
+        {
             Standing::Owner
         } else if record.owner == self.config.primary && record.generation == mine && record.running
         {
             match (&record.standby, named) {
+                (None, _) if sabotaged(Bug::ClaimUnnamed) => Standing::Named,
                 (None, _) => Standing::NotYet,
                 (_, true) => Standing::Named,
                 (_, false) => Standing::Other,
@@ -159,7 +164,8 @@ impl Standby {
             (Standing::NotYet, S::Unconfirmed) => {}
             // Later states too: a slow answer may be older than the confirmation.
             (Standing::NotYet, S::Checking | S::Mirrored | S::Suspecting | S::Claiming) => {
-                let given_up = self.now.since(self.last_epoch_at) >= ORPHAN_PATIENCE;
+                let given_up =
+                    self.now.since(self.last_epoch_at) >= self.config.timing.orphan_patience;
                 if given_up && self.state != S::Suspecting {
                     let reason = "the primary was lost before the record named this host".into();
                     return self.stand_down(StandbyEnd::NotNamed { reason });
