@@ -701,18 +701,17 @@ impl Machine {
         let Some(state) = self.state.as_ref().filter(|_| able) else {
             return;
         };
-        let state = state.value.clone();
+        let mut oustings = std::mem::take(&mut self.oustings);
         let own = self.report(now);
         let reports = self.reports(&own, now);
         let view = deciding::View {
             now,
             config: &self.config,
-            state: &state,
+            state: &state.value,
             reports: &reports,
             contacts: &self.contacts,
             may_give_up: self.may_give_up(),
         };
-        let mut oustings = self.oustings.clone();
         let decided = deciding::decide(&view, &mut oustings);
         self.oustings = oustings;
         if let Some(mut next) = decided.write {

@@ -346,6 +346,9 @@ impl Disks {
                 let Some(value) = record.proposed.and_then(|id| self.values.get(&id)) else {
                     continue;
                 };
+                if value.version <= version {
+                    continue;
+                }
                 let accepted = self.records.iter().filter(|pass| {
                     pass.get(host).is_some_and(|other| {
                         other.proposed == record.proposed
@@ -358,7 +361,6 @@ impl Disks {
                     })
                 });
                 if accepted.count() >= majority
-                    && value.version > version
                     && newest.is_none_or(|(_, known)| value.version > known.version)
                 {
                     newest = Some((value.by, value));

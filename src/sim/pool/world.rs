@@ -51,7 +51,8 @@ pub(super) enum Item {
 struct Due {
     at: u64,
     number: u64,
-    item: Item,
+    /// Boxed: the queue moves it about.
+    item: Box<Item>,
 }
 
 impl PartialEq for Due {
@@ -176,7 +177,7 @@ impl World {
         self.queue.push(Reverse(Due {
             at,
             number: self.numbered,
-            item,
+            item: Box::new(item),
         }));
     }
 
@@ -247,7 +248,7 @@ impl World {
             };
             self.now = due.at;
             self.events += 1;
-            self.happen(due.item);
+            self.happen(*due.item);
         }
         false
     }
