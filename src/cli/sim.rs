@@ -1,15 +1,19 @@
 //! `pollux sim …`
 
 use super::print_json;
-use crate::sim::pool::{Summary, run_case, run_seeds};
-use crate::sim::scenario::Scenario;
+use crate::sim::pool::{Summary, run_case};
+use crate::sim::scenario::{Case, Scenario};
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::IsTerminal;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 
 const RUN_HELP: &str = "\
 A scenario file holds cases: what the pool is, what happens when, and what is expected, in
@@ -19,7 +23,7 @@ invariants are checked; the first that does not hold ends the case and prints ho
 
 Examples:
   pollux sim run scenarios/xenserver-table.toml
-  pollux sim run scenarios/ --seeds 10000
+  pollux sim run scenarios/ --seeds 10000 --jobs 8
   pollux sim run scenarios/random.toml --seed 4711 --trace
 
 Exit status 0 only if every expectation was met and every invariant held.";
@@ -45,6 +49,9 @@ pub(super) struct Run {
     /// Run only the cases whose name contains this.
     #[arg(long)]
     case: Option<String>,
+    /// How many seeds run side by side; as many as there are processors if left out.
+    #[arg(long)]
+    jobs: Option<NonZeroUsize>,
     /// Print what happens, line by line; for one seed.
     #[arg(long, requires = "seed")]
     trace: bool,
@@ -81,7 +88,8 @@ pub(super) fn run(command: SimCommand, json: bool) -> anyhow::Result<ExitCode> {
                     None => (1, run.seeds.min(case.seeds_max.unwrap_or(u64::MAX))),
                 };
                 let shows = std::io::stderr().is_terminal();
-                let summary = run_seeds(case, first, seeds, |done| {
+                let jobs = run.jobs.unwrap_or_else(processors);
+                let summary = run_seeds(case, first, seeds, jobs, |done| {
                     if shows && done.is_multiple_of(100) {
                         eprint!("\r{}: {done}/{seeds} seeds\x1b[K", case.name);
                     }
@@ -113,6 +121,52 @@ pub(super) fn run(command: SimCommand, json: bool) -> anyhow::Result<ExitCode> {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
+    })
+}
+
+fn processors() -> NonZeroUsize {
+    std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
+}
+
+/// Run a case with `seeds` seeds from `first` on, `jobs` of them side by side; each run has one
+/// thread. After a violation no later seed is begun, so that the first one is told whatever `jobs`
+/// is.
+fn run_seeds(
+    case: &Case,
+    first: u64,
+    seeds: u64,
+    jobs: NonZeroUsize,
+    progress: impl Fn(u64),
+) -> Summary {
+    let next = AtomicU64::new(first);
+    let end = AtomicU64::new(first.saturating_add(seeds));
+    let (done, ended) = channel();
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.get() {
+            let (next, end, done) = (&next, &end, done.clone());
+            scope.spawn(move || {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= end.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let outcome = run_case(case, seed, false).map_err(|(violation, _)| violation);
+                    if outcome.is_err() {
+                        end.fetch_min(seed, Ordering::Relaxed);
+                    }
+                    if done.send((seed, outcome)).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(done);
+        let mut runs = BTreeMap::new();
+        for (seed, outcome) in ended {
+            runs.insert(seed, outcome);
+            progress(runs.len() as u64);
+        }
+        Summary::of(case, runs)
     })
 }
 

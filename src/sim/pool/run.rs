@@ -199,41 +199,51 @@ fn middle_and_most(mut times: Vec<u64>) -> Option<(u64, u64)> {
 
 /// Run a case with `seeds` seeds from `first` on; `progress` hears of each.
 pub fn run_seeds(case: &Case, first: u64, seeds: u64, mut progress: impl FnMut(u64)) -> Summary {
-    let mut summary = Summary {
-        case: case.name.clone(),
-        xenserver: case.xenserver.clone(),
-        ..Summary::default()
-    };
-    let mut all: Vec<Times> = Vec::new();
-    for seed in first..first.saturating_add(seeds) {
+    let all = (first..first.saturating_add(seeds)).map(|seed| {
         progress(seed - first);
-        summary.seeds += 1;
-        match run_case(case, seed, false) {
-            Ok(report) => {
-                let hours = report.virtual_ms as f64 / 3_600_000.0;
-                summary.host_hours += hours * report.hosts as f64;
-                summary.events += report.events;
-                summary.resets += report.seen.times.resets;
-                all.push(report.seen.times);
-                for unmet in report.seen.unmet {
+        let outcome = run_case(case, seed, false);
+        (seed, outcome.map_err(|(violation, _)| violation))
+    });
+    Summary::of(case, all)
+}
+
+impl Summary {
+    /// Of these runs, in the order of their seeds; no more are looked at after a violation.
+    pub fn of(
+        case: &Case,
+        runs: impl IntoIterator<Item = (u64, Result<Report, Violation>)>,
+    ) -> Self {
+        let mut summary = Self {
+            case: case.name.clone(),
+            xenserver: case.xenserver.clone(),
+            ..Self::default()
+        };
+        let mut all: Vec<Times> = Vec::new();
+        for (seed, outcome) in runs {
+            summary.seeds += 1;
+            let report = match outcome {
+                Ok(report) => report,
+                Err(violation) => {
                     summary.failed_seed.get_or_insert(seed);
-                    if summary.unmet.len() < UNMET_MAX {
-                        summary.unmet.push((seed, unmet));
-                    }
+                    summary.violation = Some(violation.to_string());
+                    break;
+                }
+            };
+            let hours = report.virtual_ms as f64 / 3_600_000.0;
+            summary.host_hours += hours * report.hosts as f64;
+            summary.events += report.events;
+            summary.resets += report.seen.times.resets;
+            all.push(report.seen.times);
+            for unmet in report.seen.unmet {
+                summary.failed_seed.get_or_insert(seed);
+                if summary.unmet.len() < UNMET_MAX {
+                    summary.unmet.push((seed, unmet));
                 }
             }
-            Err((violation, _)) => {
-                summary.failed_seed.get_or_insert(seed);
-                summary.violation = Some(violation.to_string());
-                break;
-            }
         }
+        let times = |of: fn(&Times) -> Option<u64>| all.iter().filter_map(of).collect();
+        summary.decided_ms = middle_and_most(times(|times| times.decided_ms));
+        summary.may_restart_ms = middle_and_most(times(|times| times.may_restart_ms));
+        summary
     }
-    summary.decided_ms = middle_and_most(all.iter().filter_map(|times| times.decided_ms).collect());
-    summary.may_restart_ms = middle_and_most(
-        all.iter()
-            .filter_map(|times| times.may_restart_ms)
-            .collect(),
-    );
-    summary
 }
