@@ -249,10 +249,18 @@ fn elect(
     let fit = view.reports.keys().copied();
     let mut fit: Vec<HostId> = fit.filter(|host| is_fit(view, verdicts, *host)).collect();
     fit.sort_by_key(|host| preference(view, *host));
-    if fit.first() != Some(&view.config.me) || view.now.since(since) < hesitation(view) {
+    let before = view.state.coordinator.map(|c| c.host);
+    // One that is heard may have the registry back by now and have had no report since.
+    let stays = before.is_some_and(|host| verdicts.get(&host) == Some(&Verdict::Stays));
+    let wait = Millis(if stays {
+        view.config.timing.period.0 * 2
+    } else {
+        0
+    });
+    let wait = wait.max(hesitation(view));
+    if fit.first() != Some(&view.config.me) || view.now.since(since) < wait {
         return Decided::default();
     }
-    let before = view.state.coordinator.map(|c| c.host);
     let cause = match before {
         Some(host) => match verdicts.get(&host) {
             Some(Verdict::Lost(why) | Verdict::Goes(why)) => {

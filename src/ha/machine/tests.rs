@@ -533,6 +533,7 @@ fn all_lose_the_registry_and_then_hosts_die_while_a_majority_lives() {
         let mut world = World::formed(hosts);
         registry(&mut world, 0..hosts, false);
         world.run(15_000);
+        let term = world.state().term;
         for n in &die {
             world.crash(*n);
         }
@@ -550,6 +551,9 @@ fn all_lose_the_registry_and_then_hosts_die_while_a_majority_lives() {
         world.until("may restart", 25_000, |w| w.may_restart.len() == die.len());
         world.run(20_000);
         assert_eq!(world.members(), left);
+        // Nobody takes over from a coordinator that lives and has the registry again.
+        let taken_over = u64::from(die.contains(&0));
+        assert_eq!(world.state().term, term + taken_over, "{hosts} {die:?}");
     }
 }
 
