@@ -18,6 +18,8 @@ pub const PLAN_KEY: &str = "pool/restarts";
 pub const ORDERS_MAX: usize = 128;
 /// Of orders that are done, the newest this many are kept for `pollux why`.
 const DONE_MAX: usize = 64;
+/// Highest number of an order: it can be followed by others for ever.
+const NUMBER_MAX: u64 = 1 << 56;
 
 /// A VM that is to run again.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,9 +169,17 @@ impl Plan {
     /// # Errors
     /// Why they are none.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
-        serde_json::from_slice(bytes).map_err(|e| {
+        let plan: Self = serde_json::from_slice(bytes).map_err(|e| {
             format!("the pool's restarts cannot be read: {e}; the value is damaged or was written by a newer pollux")
-        })
+        })?;
+        if plan.orders.len() > ORDERS_MAX || plan.next > NUMBER_MAX {
+            return Err(format!(
+                "the pool's restarts cannot be: {} orders, the next is number {}; the value is damaged",
+                plan.orders.len(),
+                plan.next
+            ));
+        }
+        Ok(plan)
     }
 
     /// The registry's bytes of it.
@@ -321,6 +331,15 @@ mod tests {
         assert_eq!(gone.orders.len(), 64);
         let bytes = plan.to_bytes();
         assert!(bytes.len() < 64 << 10, "{}", bytes.len());
-        assert_eq!(Plan::from_bytes(&bytes), Ok(plan));
+        assert_eq!(Plan::from_bytes(&bytes).as_ref(), Ok(&plan));
+        plan.next = u64::MAX;
+        let told = Plan::from_bytes(&plan.to_bytes()).unwrap_err();
+        assert!(
+            told.contains("next is number 18446744073709551615"),
+            "{told}"
+        );
+        plan.next = 200;
+        plan.orders = vec![plan.orders[0].clone(); ORDERS_MAX + 1];
+        assert!(Plan::from_bytes(&plan.to_bytes()).is_err());
     }
 }
