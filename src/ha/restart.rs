@@ -73,6 +73,18 @@ pub struct Order {
     pub cause: String,
 }
 
+impl Order {
+    /// Whether both say the same, but for their numbers.
+    fn says(&self, other: &Self) -> bool {
+        let number = other.number;
+        *other
+            == Self {
+                number,
+                ..self.clone()
+            }
+    }
+}
+
 /// The newest orders, oldest first. JSON in the registry under [`PLAN_KEY`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -215,6 +227,18 @@ impl Plan {
         self.orders.retain(|order| done(order) || stays(order));
     }
 
+    /// Orders that say but for their number what one of `before` said are that one: what was
+    /// decided anew and not changed needs not to be written.
+    pub fn settle(&mut self, before: &Self) {
+        for order in &mut self.orders {
+            let known = before.orders.iter().find(|known| order.says(known));
+            order.number = known.map_or(order.number, |known| known.number);
+        }
+        self.orders.sort_by_key(|order| order.number);
+        let newest = self.orders.last().map_or(0, |order| order.number + 1);
+        self.next = before.next.max(newest);
+    }
+
     /// Whether there is an order for this version of a VM's record already.
     #[must_use]
     pub fn has(&self, vm: VmId, version: u64) -> bool {
@@ -310,6 +334,29 @@ mod tests {
             .map(|(name, _, after)| (name.as_str(), *after))
             .collect();
         assert_eq!(starts, [("v1", 0), ("v2", 10), ("v3", 15), ("v4", 15)]);
+    }
+
+    #[test]
+    fn what_is_decided_anew_and_comes_out_the_same_leaves_the_plan_as_it_was() {
+        let anew = |before: &Plan, gib: u64| {
+            let mut plan = before.clone();
+            plan.forget_open(|_| false, |to| *to == host("b"));
+            let left = (0..4).map(|n| vm(n, u64::from(n) + 1, 0, 0));
+            let left = left.filter(|vm| !plan.has(vm.vm, vm.version)).collect();
+            let targets = [target("b", gib, 0)];
+            place(&mut plan, &host("a"), "its power is off", left, &targets);
+            plan.settle(before);
+            plan
+        };
+        // Nothing fits at first.
+        let first = anew(&Plan::default(), 0);
+        assert_eq!((first.orders.len(), first.next), (4, 4));
+        assert_eq!(anew(&first, 0), first);
+        // The smallest fits now: its order is a new one, and the others have a new reason.
+        let second = anew(&first, 1);
+        let open = |plan: &Plan| plan.orders.iter().filter(|o| o.to.is_none()).count();
+        assert_eq!((open(&first), open(&second)), (4, 3));
+        assert!(second.next > first.next && second.orders.is_sorted_by_key(|o| o.number));
     }
 
     #[test]
