@@ -15,8 +15,12 @@ use std::time::Duration;
 const HOSTS: [&str; 3] = ["a", "b", "c"];
 
 fn pool(fencing: bool) -> Bed {
+    pool_of(&HOSTS, fencing)
+}
+
+fn pool_of(hosts: &[&str], fencing: bool) -> Bed {
     let mut spec = Bed::spec();
-    spec.hosts = HOSTS.map(host).to_vec();
+    spec.hosts = hosts.iter().map(|name| host(name)).collect();
     spec.pool = Some(PoolLab {
         watchdog: Some(Duration::from_secs(5)),
         fencing,
@@ -24,7 +28,7 @@ fn pool(fencing: bool) -> Bed {
     let bed = Bed {
         lab: up_linked(spec).unwrap(),
     };
-    for name in HOSTS {
+    for name in hosts {
         wait(&bed, name, "a pool of all hosts", |s| {
             s.phase == "member" && s.hosts.iter().all(|host| host.standing == "in")
         });
@@ -202,4 +206,39 @@ fn a_dead_management_network_resets_nobody() {
         "{later:#?}"
     );
     assert_eq!(lives(&bed), before);
+}
+
+#[test]
+fn a_host_whose_vms_have_lost_their_storage_says_so() {
+    let bed = pool_of(&["a", "b"], false);
+    let guest = movable(&bed);
+    let image = bed.lab.host(&host("a")).unwrap().shared_dir.clone();
+    let image = std::fs::OpenOptions::new()
+        .write(true)
+        .open(image.join(format!("{}.raw", guest.name)))
+        .unwrap();
+    let of_a = |s: &PoolStatus| {
+        let a = s.hosts.iter().find(|h| h.name.as_str() == "a").unwrap();
+        a.report.as_ref().map(|report| report.storage_ok)
+    };
+    wait(&bed, "b", "a says that its storage answers", |s| {
+        of_a(s) == Some(true)
+    });
+    // The nearest to a disk that is gone: one that has nothing to read.
+    image.set_len(0).unwrap();
+    wait(&bed, "b", "a says that it does not", |s| {
+        of_a(s) == Some(false)
+    });
+    image.set_len(guest.disk_bytes).unwrap();
+    wait(&bed, "b", "a says that it does again", |s| {
+        of_a(s) == Some(true)
+    });
+    // It is no reason to go.
+    assert!(
+        status(&bed, "b")
+            .unwrap()
+            .hosts
+            .iter()
+            .all(|host| host.standing == "in")
+    );
 }

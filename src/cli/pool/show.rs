@@ -116,6 +116,9 @@ fn hosts(s: &PoolStatus) -> String {
         if let Some(proof) = &host.proof {
             let _ = writeln!(out, "  {proof}");
         }
+        if host.report.as_ref().is_some_and(|said| !said.storage_ok) {
+            out.push_str("  the storage of its VMs does not answer\n");
+        }
     }
     out
 }
@@ -224,7 +227,11 @@ mod tests {
             "coordinator": "a",
             "hosts": [{
                 "name": "b", "id": 1, "standing": "dead", "proof": "its power is off",
-                "incarnation": 3, "is_self": false, "report": null,
+                "incarnation": 3, "is_self": false, "report": {
+                    "incarnation": 3, "seq": 9, "hears": [], "gateway_age_ms": null,
+                    "registry_age_ms": null, "storage_ok": false, "standby_lag_ms": null,
+                    "weight": 1, "watchdog_ms": null, "farewell": false
+                },
                 "paths": [{"path": "management", "verdict": "lost", "age_ms": 12_300}]
             }],
             "decisions": [
@@ -247,6 +254,7 @@ mod tests {
             "host a (number 0, life 7): member, lease 2.6 s more",
             "answered never; no route",
             "management lost (12 s ago)",
+            "the storage of its VMs does not answer",
             "orders from b to nowhere: left",
         ] {
             assert!(text.contains(part), "{part}\n{text}");

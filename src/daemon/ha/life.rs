@@ -51,6 +51,7 @@ pub(super) struct Life<'a> {
     next_tick: Millis,
     next_keys: Millis,
     registry_error: Option<String>,
+    storage_trouble: Option<String>,
     failed: Option<String>,
     leaving: bool,
     end: Option<End>,
@@ -124,6 +125,7 @@ impl<'a> Life<'a> {
             next_tick: boot_now(),
             next_keys: boot_now(),
             registry_error: None,
+            storage_trouble: None,
             failed: None,
             leaving: false,
             end: None,
@@ -154,7 +156,11 @@ impl<'a> Life<'a> {
     fn tick(&mut self, now: Millis) {
         let timing = self.setup.pool.timing.timing();
         self.next_tick = now + timing.period;
+        let trouble = self.setup.disks.trouble(duration(timing.storage_lost));
+        let storage_ok = trouble.is_none();
+        self.note_storage(trouble);
         let local = Local {
+            storage_ok,
             gateway_age: self
                 .setup
                 .gateway
@@ -267,6 +273,17 @@ impl<'a> Life<'a> {
             _ if self.leaving => End::Left,
             _ => End::Over,
         });
+    }
+
+    fn note_storage(&mut self, trouble: Option<String>) {
+        match (&trouble, &self.storage_trouble) {
+            (Some(trouble), None) => {
+                tracing::error!("the storage of this host's VMs does not answer: {trouble}");
+            }
+            (None, Some(_)) => tracing::info!("the storage of this host's VMs answers again"),
+            _ => {}
+        }
+        self.storage_trouble = trouble;
     }
 
     fn note_registry(&mut self, problem: Option<&String>) {
