@@ -24,9 +24,13 @@ pub(super) fn status(s: &PoolStatus) -> String {
     let lease = s
         .lease_ms
         .map_or(String::new(), |ms| format!(", lease {} more", millis(ms)));
+    let listens = match s.phase.as_str() {
+        "member" if !s.judges => " that judges nobody yet",
+        _ => "",
+    };
     let _ = writeln!(
         out,
-        "host {} (number {}, life {}): {}{lease}, as of {} ago",
+        "host {} (number {}, life {}): {}{listens}{lease}, as of {} ago",
         s.host,
         s.id,
         s.incarnation,
@@ -45,6 +49,13 @@ pub(super) fn status(s: &PoolStatus) -> String {
         }
         None => out.push_str("watchdog     none: only fencing can prove this host dead\n"),
     }
+    let accepts: Vec<_> = s.keys.accepts.iter().map(u32::to_string).collect();
+    let _ = writeln!(
+        out,
+        "keys         sends with {}, accepts {}",
+        s.keys.sends,
+        accepts.join(" and ")
+    );
     match &s.gateway {
         Some(gateway) => {
             let failure = gateway
@@ -220,9 +231,10 @@ mod tests {
     fn pool() -> PoolStatus {
         let text = serde_json::json!({
             "host": "a", "id": 0, "incarnation": 7, "phase": "member", "why": null,
-            "lease_ms": 2600,
+            "judges": false, "lease_ms": 2600,
             "watchdog": {"place": "/dev/watchdog", "timeout_ms": 5000, "state": "petting"},
             "gateway": {"address": "10.0.0.1", "age_ms": null, "failure": "no route"},
+            "keys": {"sends": 1, "accepts": [1, 2]},
             "registry_age_ms": 300, "registry_error": null, "state_version": 12, "term": 2,
             "coordinator": "a",
             "hosts": [{
@@ -251,7 +263,8 @@ mod tests {
     fn the_status_says_what_is_known_and_how_old_it_is() {
         let text = status(&pool());
         for part in [
-            "host a (number 0, life 7): member, lease 2.6 s more",
+            "host a (number 0, life 7): member that judges nobody yet, lease 2.6 s more",
+            "sends with 1, accepts 1 and 2",
             "answered never; no route",
             "management lost (12 s ago)",
             "the storage of its VMs does not answer",

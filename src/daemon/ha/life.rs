@@ -10,6 +10,7 @@ use super::{Event, Setup};
 use crate::beat::{Inbox, Network, NetworkIndex, Peer, Transport, TransportConfig, load_keys};
 use crate::fence::job::{Job, Outcome};
 use crate::fence::watchdog::BootNs;
+use crate::ha::detector::Listening;
 use crate::ha::machine::{Action, Config, Input, Local, Machine, Phase, WriteOutcome};
 use crate::ha::report::{Path, Report};
 use crate::ha::state::{PoolState, STATE_KEY, Standing};
@@ -42,6 +43,8 @@ pub(super) struct Life<'a> {
     setup: &'a Setup,
     incarnation: Incarnation,
     machine: Machine,
+    /// Ticks with the machine, for what is shown.
+    listening: Listening,
     transport: Transport,
     storage: Option<StorageBeats>,
     watchdog: Option<HostWatchdog>,
@@ -112,10 +115,12 @@ impl<'a> Life<'a> {
             power_fencing: setup.fencing.is_some(),
         };
         tracing::info!(incarnation = incarnation.0, "a life in the pool begins");
+        let now = boot_now();
         Ok(Self {
             setup,
             incarnation,
-            machine: Machine::new(config, boot_now()),
+            machine: Machine::new(config, now),
+            listening: Listening::new(timing, now),
             transport,
             storage,
             watchdog: place.map(|place| HostWatchdog::new(place, duration(timing.watchdog))),
@@ -177,6 +182,7 @@ impl<'a> Life<'a> {
         self.input(Input::Local(local));
         self.poll_fences();
         self.look_for_keys(now);
+        self.listening.tick(boot_now());
         self.input(Input::Tick);
         self.show();
     }
@@ -496,6 +502,7 @@ impl<'a> Life<'a> {
             setup: self.setup,
             incarnation: self.incarnation,
             machine: &self.machine,
+            listening: &self.listening,
             watchdog: self.watchdog.as_ref(),
             registry_error: self.registry_error.as_deref(),
             transport: &transport,
