@@ -21,7 +21,7 @@ help:
 	@echo '  make fix       writes: format, and the lints that can mend themselves'
 	@echo '  make bench     measure; docs/promises.md holds the numbers'
 	@echo '  make soak      both simulators over many seeds (SEEDS=$(SEEDS)), the model checks of statefile and claims'
-	@echo '  make fuzz      every decoder of the interconnect (FUZZ_SECONDS=$(FUZZ_SECONDS) each)'
+	@echo '  make fuzz      every decoder of bytes from elsewhere (FUZZ_SECONDS=$(FUZZ_SECONDS) for each of 34)'
 	@echo '  make advisories  known holes in dependencies (asks the network for the list)'
 	@echo
 	@echo 'One test:    cargo test NAME        One seed:  POLLUX_SEED=7 cargo test sim'

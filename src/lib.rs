@@ -11,6 +11,7 @@ pub mod cli;
 pub mod daemon;
 pub mod drill;
 pub mod fence;
+pub mod fuzzing;
 pub mod ha;
 pub mod interpose;
 pub mod lab;

@@ -7,16 +7,22 @@ mod common;
 use common::{Bed, Guest, eventually, host};
 use pollux::api::pool::PoolStatus;
 use pollux::api::types::Role;
+use pollux::beat::{PoolKeys, load_keys, save_keys};
 use pollux::lab::HostPower;
 use pollux::lab::daemons::up_linked;
 use pollux::lab::pool::PoolLab;
+use std::path::Path;
 use std::time::Duration;
 
 const HOSTS: [&str; 3] = ["a", "b", "c"];
 
 fn pool(fencing: bool) -> Bed {
+    pool_of(&HOSTS, fencing)
+}
+
+fn pool_of(hosts: &[&str], fencing: bool) -> Bed {
     let mut spec = Bed::spec();
-    spec.hosts = HOSTS.map(host).to_vec();
+    spec.hosts = hosts.iter().map(|name| host(name)).collect();
     spec.pool = Some(PoolLab {
         watchdog: Some(Duration::from_secs(5)),
         fencing,
@@ -24,7 +30,7 @@ fn pool(fencing: bool) -> Bed {
     let bed = Bed {
         lab: up_linked(spec).unwrap(),
     };
-    for name in HOSTS {
+    for name in hosts {
         wait(&bed, name, "a pool of all hosts", |s| {
             s.phase == "member" && s.hosts.iter().all(|host| host.standing == "in")
         });
@@ -202,4 +208,89 @@ fn a_dead_management_network_resets_nobody() {
         "{later:#?}"
     );
     assert_eq!(lives(&bed), before);
+}
+
+#[test]
+fn the_key_changes_while_the_pool_runs_and_a_host_that_boots_afterwards_is_heard() {
+    const PAIR: [&str; 2] = ["a", "b"];
+    let bed = pool_of(&PAIR, false);
+    let dir = |name: &str| bed.lab.host(&host(name)).unwrap().state_dir.clone();
+    let change = |dir: &Path, step: &dyn Fn(&mut PoolKeys)| {
+        let mut keys = load_keys(dir).unwrap().unwrap();
+        step(&mut keys);
+        save_keys(dir, &keys).unwrap();
+        keys
+    };
+    // Each step on every host, and the next once every daemon uses it.
+    let taken_up = |sends: u32, accepts: &[u32]| {
+        for name in PAIR {
+            let seen = wait(&bed, name, "the keys are taken up", |s| {
+                s.keys.sends == sends && s.keys.accepts == accepts
+            });
+            assert!(seen.hosts.iter().all(|host| host.standing == "in"));
+        }
+    };
+    let lives = || PAIR.map(|name| status(&bed, name).unwrap().incarnation);
+    let before = lives();
+    taken_up(1, &[1]);
+    let next = change(&dir("a"), &|keys| assert!(keys.begin().is_ok()));
+    change(&dir("b"), &|keys| keys.import(&next).unwrap());
+    taken_up(1, &[1, 2]);
+    for name in PAIR {
+        change(&dir(name), &|keys| keys.switch().unwrap());
+    }
+    taken_up(2, &[1, 2]);
+    for name in PAIR {
+        change(&dir(name), &|keys| keys.finish().unwrap());
+    }
+    taken_up(2, &[2]);
+    assert_eq!(lives(), before, "nobody noticed");
+
+    // It knows the new key alone; whoever still used the old one would not be heard by it.
+    bed.lab.power_cut(&host("b")).unwrap();
+    bed.lab.power_on(&host("b")).unwrap();
+    let whole = |s: &PoolStatus, life: u64| {
+        let b = s.hosts.iter().find(|h| h.name.as_str() == "b").unwrap();
+        b.standing == "in"
+            && b.incarnation > Some(life)
+            && b.paths.iter().all(|path| path.verdict == "healthy")
+    };
+    wait(&bed, "a", "b is in again, on every path", |s| {
+        whole(s, before[1])
+    });
+}
+
+#[test]
+fn a_host_whose_vms_have_lost_their_storage_says_so() {
+    let bed = pool_of(&["a", "b"], false);
+    let guest = movable(&bed);
+    let image = bed.lab.host(&host("a")).unwrap().shared_dir.clone();
+    let image = std::fs::OpenOptions::new()
+        .write(true)
+        .open(image.join(format!("{}.raw", guest.name)))
+        .unwrap();
+    let of_a = |s: &PoolStatus| {
+        let a = s.hosts.iter().find(|h| h.name.as_str() == "a").unwrap();
+        a.report.as_ref().map(|report| report.storage_ok)
+    };
+    wait(&bed, "b", "a says that its storage answers", |s| {
+        of_a(s) == Some(true)
+    });
+    // The nearest to a disk that is gone: one that has nothing to read.
+    image.set_len(0).unwrap();
+    wait(&bed, "b", "a says that it does not", |s| {
+        of_a(s) == Some(false)
+    });
+    image.set_len(guest.disk_bytes).unwrap();
+    wait(&bed, "b", "a says that it does again", |s| {
+        of_a(s) == Some(true)
+    });
+    // It is no reason to go.
+    assert!(
+        status(&bed, "b")
+            .unwrap()
+            .hosts
+            .iter()
+            .all(|host| host.standing == "in")
+    );
 }

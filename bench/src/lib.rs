@@ -6,6 +6,8 @@
 //! - `cargo bench -p pollux-bench --bench link`: the path between two hosts, in namespaces of
 //!   its own: an epoch lane beside TLS over TCP, two links, a cut, loss, heartbeats, cost per
 //!   GiB. Needs root. Takes about three minutes and prints a table.
+//! - `cargo bench -p pollux-bench --bench decision`: the pool's decision when one of 64 hosts falls
+//!   silent, a tick, and hearing a report (criterion). Pure code, half a minute.
 //! - `cargo bench -p pollux-bench --bench parts`: the pieces of an epoch alone (criterion).
 //!
 //! How to read them: everything runs on one machine, so two hosts, the guest under TCG and

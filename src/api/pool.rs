@@ -17,12 +17,18 @@ pub struct PoolStatus {
     pub phase: String,
     /// Why it stops, stopped or failed.
     pub why: Option<String>,
+    /// Whether it may give others up: a member that a voter has admitted, that is bound by no promise,
+    /// and that has listened for long enough to call one silent.
+    pub judges: bool,
     /// How long it may go on without a further word, milliseconds.
     pub lease_ms: Option<u64>,
     /// Its watchdog.
     pub watchdog: WatchdogView,
     /// The gateway.
     pub gateway: Option<GatewayView>,
+    /// The pool's keys as its daemon uses them.
+    #[serde(default)]
+    pub keys: KeysView,
     /// Age of its newest read of the registry, from its begin, milliseconds.
     pub registry_age_ms: Option<u64>,
     /// Why the registry gave no answer, if so.
@@ -54,6 +60,15 @@ pub struct WatchdogView {
     pub timeout_ms: Option<u64>,
     /// `petting`, `expired`, `failing`; `disarmed` while nothing may run.
     pub state: String,
+}
+
+/// Numbers of the pool's keys that a daemon uses; the files may be a moment ahead.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeysView {
+    /// It seals its heartbeats with this one; 0 before its first life.
+    pub sends: u32,
+    /// It accepts these, lowest first.
+    pub accepts: Vec<u32>,
 }
 
 /// The gateway as a host sees it.

@@ -16,6 +16,7 @@
 //! path, or anything twice, or anything of an ended life; keep sending for a daemon that hangs;
 //! wait for an ordinary thread.
 
+pub(crate) mod fuzz;
 mod gate;
 mod gateway;
 mod keys;

@@ -35,13 +35,50 @@ pub struct Contact {
     pub paths: BTreeMap<Path, Millis>,
 }
 
+/// For how long this host has listened without standing still.
+#[derive(Clone, Debug)]
+pub struct Listening {
+    timing: Timing,
+    ticked: Millis,
+    since: Millis,
+}
+
+impl Listening {
+    /// It begins now.
+    #[must_use]
+    pub fn new(timing: Timing, now: Millis) -> Self {
+        Self {
+            timing,
+            ticked: now,
+            since: now,
+        }
+    }
+
+    /// Time goes on; if this tick is late, how long the host stood still. It begins anew then.
+    pub fn tick(&mut self, now: Millis) -> Option<Millis> {
+        let stood = now.since(self.ticked);
+        self.ticked = now;
+        if stood <= self.timing.stall() || sabotaged(Bug::StallUnnoticed) {
+            return None;
+        }
+        self.since = now;
+        Some(stood)
+    }
+
+    /// Whether it was for long enough to say that another is silent.
+    #[must_use]
+    pub fn may_judge(&self, now: Millis) -> bool {
+        now.since(self.since) >= self.timing.longest_silence()
+            && now.since(self.ticked) <= self.timing.stall()
+    }
+}
+
 /// All other hosts, as heard here.
 #[derive(Clone, Debug)]
 pub struct Contacts {
     timing: Timing,
     hosts: BTreeMap<HostId, Contact>,
-    ticked: Millis,
-    listening_since: Millis,
+    listening: Listening,
 }
 
 impl Contacts {
@@ -51,8 +88,7 @@ impl Contacts {
         Self {
             timing,
             hosts: BTreeMap::new(),
-            ticked: now,
-            listening_since: now,
+            listening: Listening::new(timing, now),
         }
     }
 
@@ -84,23 +120,17 @@ impl Contacts {
 
     /// Time goes on; if this tick is late, how long the host stood still.
     pub fn tick(&mut self, now: Millis) -> Option<Millis> {
-        let stood = now.since(self.ticked);
-        self.ticked = now;
-        if stood <= self.timing.stall() || sabotaged(Bug::StallUnnoticed) {
-            return None;
-        }
+        let stood = self.listening.tick(now)?;
         for contact in self.hosts.values_mut() {
             contact.paths.clear();
         }
-        self.listening_since = now;
         Some(stood)
     }
 
     /// Whether this host has listened for long enough to say that another is silent.
     #[must_use]
     pub fn may_judge(&self, now: Millis) -> bool {
-        now.since(self.listening_since) >= self.timing.longest_silence()
-            && now.since(self.ticked) <= self.timing.stall()
+        self.listening.may_judge(now)
     }
 
     /// How a path to a host stands.
@@ -156,7 +186,7 @@ impl Contacts {
     /// Whether this host has not stood still since then.
     #[must_use]
     pub fn listens_since(&self, then: Millis) -> bool {
-        self.listening_since <= then
+        self.listening.since <= then
     }
 
     /// All that was ever heard.

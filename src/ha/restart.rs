@@ -18,6 +18,8 @@ pub const PLAN_KEY: &str = "pool/restarts";
 pub const ORDERS_MAX: usize = 128;
 /// Of orders that are done, the newest this many are kept for `pollux why`.
 const DONE_MAX: usize = 64;
+/// Highest number of an order: it can be followed by others for ever.
+const NUMBER_MAX: u64 = 1 << 56;
 
 /// A VM that is to run again.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +71,18 @@ pub struct Order {
     pub after_s: u32,
     /// Who decided, and why so.
     pub cause: String,
+}
+
+impl Order {
+    /// Whether both say the same, but for their numbers.
+    fn says(&self, other: &Self) -> bool {
+        let number = other.number;
+        *other
+            == Self {
+                number,
+                ..self.clone()
+            }
+    }
 }
 
 /// The newest orders, oldest first. JSON in the registry under [`PLAN_KEY`].
@@ -167,9 +181,17 @@ impl Plan {
     /// # Errors
     /// Why they are none.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
-        serde_json::from_slice(bytes).map_err(|e| {
+        let plan: Self = serde_json::from_slice(bytes).map_err(|e| {
             format!("the pool's restarts cannot be read: {e}; the value is damaged or was written by a newer pollux")
-        })
+        })?;
+        if plan.orders.len() > ORDERS_MAX || plan.next > NUMBER_MAX {
+            return Err(format!(
+                "the pool's restarts cannot be: {} orders, the next is number {}; the value is damaged",
+                plan.orders.len(),
+                plan.next
+            ));
+        }
+        Ok(plan)
     }
 
     /// The registry's bytes of it.
@@ -203,6 +225,18 @@ impl Plan {
     ) {
         let stays = |order: &Order| order.to.as_ref().is_some_and(&there);
         self.orders.retain(|order| done(order) || stays(order));
+    }
+
+    /// Orders that say but for their number what one of `before` said are that one: what was
+    /// decided anew and not changed needs not to be written.
+    pub fn settle(&mut self, before: &Self) {
+        for order in &mut self.orders {
+            let known = before.orders.iter().find(|known| order.says(known));
+            order.number = known.map_or(order.number, |known| known.number);
+        }
+        self.orders.sort_by_key(|order| order.number);
+        let newest = self.orders.last().map_or(0, |order| order.number + 1);
+        self.next = before.next.max(newest);
     }
 
     /// Whether there is an order for this version of a VM's record already.
@@ -303,6 +337,29 @@ mod tests {
     }
 
     #[test]
+    fn what_is_decided_anew_and_comes_out_the_same_leaves_the_plan_as_it_was() {
+        let anew = |before: &Plan, gib: u64| {
+            let mut plan = before.clone();
+            plan.forget_open(|_| false, |to| *to == host("b"));
+            let left = (0..4).map(|n| vm(n, u64::from(n) + 1, 0, 0));
+            let left = left.filter(|vm| !plan.has(vm.vm, vm.version)).collect();
+            let targets = [target("b", gib, 0)];
+            place(&mut plan, &host("a"), "its power is off", left, &targets);
+            plan.settle(before);
+            plan
+        };
+        // Nothing fits at first.
+        let first = anew(&Plan::default(), 0);
+        assert_eq!((first.orders.len(), first.next), (4, 4));
+        assert_eq!(anew(&first, 0), first);
+        // The smallest fits now: its order is a new one, and the others have a new reason.
+        let second = anew(&first, 1);
+        let open = |plan: &Plan| plan.orders.iter().filter(|o| o.to.is_none()).count();
+        assert_eq!((open(&first), open(&second)), (4, 3));
+        assert!(second.next > first.next && second.orders.is_sorted_by_key(|o| o.number));
+    }
+
+    #[test]
     fn a_full_plan_takes_no_more_and_forgets_what_is_done() {
         let vms: Vec<_> = (0..200).map(|n| vm(n, 1, 0, 0)).collect();
         let targets = [target("b", 1000, 0)];
@@ -321,6 +378,15 @@ mod tests {
         assert_eq!(gone.orders.len(), 64);
         let bytes = plan.to_bytes();
         assert!(bytes.len() < 64 << 10, "{}", bytes.len());
-        assert_eq!(Plan::from_bytes(&bytes), Ok(plan));
+        assert_eq!(Plan::from_bytes(&bytes).as_ref(), Ok(&plan));
+        plan.next = u64::MAX;
+        let told = Plan::from_bytes(&plan.to_bytes()).unwrap_err();
+        assert!(
+            told.contains("next is number 18446744073709551615"),
+            "{told}"
+        );
+        plan.next = 200;
+        plan.orders = vec![plan.orders[0].clone(); ORDERS_MAX + 1];
+        assert!(Plan::from_bytes(&plan.to_bytes()).is_err());
     }
 }

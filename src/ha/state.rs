@@ -26,6 +26,9 @@ pub const DECISIONS_MAX: usize = 64;
 /// Longest cause of a decision, in bytes; what is longer is cut.
 pub const CAUSE_BYTES_MAX: usize = 400;
 
+/// Highest number of a term or a decision: each can be followed by others for ever.
+const NUMBER_MAX: u64 = 1 << 56;
+
 /// How a host's death, or that it runs nothing, is known.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -156,6 +159,9 @@ pub enum BadState {
     /// More hosts than a pool has, or one with an impossible number.
     #[error("pool state with impossible hosts: at most {POOL_HOSTS_MAX}, numbered from 0")]
     Hosts,
+    /// More decisions than are kept, or a number that none can follow.
+    #[error("pool state with impossible numbers; the registry's value is damaged")]
+    Numbers,
     /// Not the JSON of a state.
     #[error("pool state cannot be read: {0}; it is damaged or was written by a newer pollux")]
     Json(#[from] serde_json::Error),
@@ -172,8 +178,17 @@ impl PoolState {
         }
         let state: Self = serde_json::from_slice(bytes)?;
         let in_range = |host: &HostId| usize::from(host.0) < POOL_HOSTS_MAX;
-        if !state.members.keys().all(in_range) {
+        let named = state.coordinator.iter().map(|who| &who.host);
+        let named = named.chain(state.decisions.iter().flat_map(|d| [&d.by, &d.about]));
+        if !state.members.keys().chain(named).all(in_range) {
             return Err(BadState::Hosts);
+        }
+        if state.decisions.len() > DECISIONS_MAX
+            || [state.term, state.next_decision]
+                .iter()
+                .any(|n| *n > NUMBER_MAX)
+        {
+            return Err(BadState::Numbers);
         }
         Ok(state)
     }
@@ -376,6 +391,18 @@ mod tests {
         let mut state = state();
         let member = state.members[&HostId(0)].clone();
         state.members.insert(HostId(64), member);
+        assert!(told(&state.to_bytes()).contains("impossible hosts"));
+        // What could not be followed by a further decision, or would grow by each.
+        state.members.clear();
+        state.next_decision = u64::MAX;
+        assert!(told(&state.to_bytes()).contains("impossible numbers"));
+        state.next_decision = 0;
+        state.decide(HostId(0), HostId(1), "dead", "x");
+        state.decisions = vec![state.decisions[0].clone(); DECISIONS_MAX + 1].into();
+        assert!(told(&state.to_bytes()).contains("impossible numbers"));
+        state.decisions.truncate(1);
+        assert!(PoolState::from_bytes(&state.to_bytes()).is_ok());
+        state.decisions[0].by = HostId(64);
         assert!(told(&state.to_bytes()).contains("impossible hosts"));
     }
 }

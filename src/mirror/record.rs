@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 /// Longest record in bytes: two host names and a few numbers, with room to grow.
 pub const RECORD_BYTES_MAX: usize = 4096;
 
+/// Highest generation: a thousand changes a second for two thousand years stay below.
+pub const GENERATION_MAX: u64 = 1 << 56;
+
 /// Who runs a VM. JSON in the registry under [`record_key`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -31,6 +34,11 @@ pub enum BadRecord {
         /// Its size.
         bytes: usize,
     },
+    /// A generation that none can follow.
+    #[error(
+        "VM record of generation {0}, the most is {GENERATION_MAX}; the registry value is damaged"
+    )]
+    Generation(u64),
     /// Not the JSON of a record.
     #[error(
         "VM record cannot be read: {0}; the registry value is damaged or was written by a newer pollux"
@@ -136,7 +144,11 @@ impl VmRecord {
         if bytes.len() > RECORD_BYTES_MAX {
             return Err(BadRecord::TooLong { bytes: bytes.len() });
         }
-        Ok(serde_json::from_slice(bytes)?)
+        let record: Self = serde_json::from_slice(bytes)?;
+        if record.generation.0 > GENERATION_MAX {
+            return Err(BadRecord::Generation(record.generation.0));
+        }
+        Ok(record)
     }
 }
 
@@ -168,6 +180,11 @@ mod tests {
         ] {
             assert!(VmRecord::from_bytes(bad).is_err());
         }
+        let last = b"{\"generation\":18446744073709551615,\"owner\":\"a\",\"standby\":null,\"running\":true}";
+        assert!(matches!(
+            VmRecord::from_bytes(last),
+            Err(BadRecord::Generation(u64::MAX))
+        ));
         assert!(matches!(
             VmRecord::from_bytes(&[b' '; 5000]),
             Err(BadRecord::TooLong { bytes: 5000 })

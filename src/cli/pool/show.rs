@@ -24,9 +24,13 @@ pub(super) fn status(s: &PoolStatus) -> String {
     let lease = s
         .lease_ms
         .map_or(String::new(), |ms| format!(", lease {} more", millis(ms)));
+    let listens = match s.phase.as_str() {
+        "member" if !s.judges => " that judges nobody yet",
+        _ => "",
+    };
     let _ = writeln!(
         out,
-        "host {} (number {}, life {}): {}{lease}, as of {} ago",
+        "host {} (number {}, life {}): {}{listens}{lease}, as of {} ago",
         s.host,
         s.id,
         s.incarnation,
@@ -45,6 +49,13 @@ pub(super) fn status(s: &PoolStatus) -> String {
         }
         None => out.push_str("watchdog     none: only fencing can prove this host dead\n"),
     }
+    let accepts: Vec<_> = s.keys.accepts.iter().map(u32::to_string).collect();
+    let _ = writeln!(
+        out,
+        "keys         sends with {}, accepts {}",
+        s.keys.sends,
+        accepts.join(" and ")
+    );
     match &s.gateway {
         Some(gateway) => {
             let failure = gateway
@@ -115,6 +126,9 @@ fn hosts(s: &PoolStatus) -> String {
         );
         if let Some(proof) = &host.proof {
             let _ = writeln!(out, "  {proof}");
+        }
+        if host.report.as_ref().is_some_and(|said| !said.storage_ok) {
+            out.push_str("  the storage of its VMs does not answer\n");
         }
     }
     out
@@ -217,14 +231,19 @@ mod tests {
     fn pool() -> PoolStatus {
         let text = serde_json::json!({
             "host": "a", "id": 0, "incarnation": 7, "phase": "member", "why": null,
-            "lease_ms": 2600,
+            "judges": false, "lease_ms": 2600,
             "watchdog": {"place": "/dev/watchdog", "timeout_ms": 5000, "state": "petting"},
             "gateway": {"address": "10.0.0.1", "age_ms": null, "failure": "no route"},
+            "keys": {"sends": 1, "accepts": [1, 2]},
             "registry_age_ms": 300, "registry_error": null, "state_version": 12, "term": 2,
             "coordinator": "a",
             "hosts": [{
                 "name": "b", "id": 1, "standing": "dead", "proof": "its power is off",
-                "incarnation": 3, "is_self": false, "report": null,
+                "incarnation": 3, "is_self": false, "report": {
+                    "incarnation": 3, "seq": 9, "hears": [], "gateway_age_ms": null,
+                    "registry_age_ms": null, "storage_ok": false, "standby_lag_ms": null,
+                    "weight": 1, "watchdog_ms": null, "farewell": false
+                },
                 "paths": [{"path": "management", "verdict": "lost", "age_ms": 12_300}]
             }],
             "decisions": [
@@ -244,9 +263,11 @@ mod tests {
     fn the_status_says_what_is_known_and_how_old_it_is() {
         let text = status(&pool());
         for part in [
-            "host a (number 0, life 7): member, lease 2.6 s more",
+            "host a (number 0, life 7): member that judges nobody yet, lease 2.6 s more",
+            "sends with 1, accepts 1 and 2",
             "answered never; no route",
             "management lost (12 s ago)",
+            "the storage of its VMs does not answer",
             "orders from b to nowhere: left",
         ] {
             assert!(text.contains(part), "{part}\n{text}");

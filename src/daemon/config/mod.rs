@@ -57,6 +57,8 @@ pub struct HostConfig {
     pub heartbeat_ms: u64,
 }
 
+/// Longest detection time, a minute: the pair's other times are stretched with it.
+const DETECTION_MS_MAX: u64 = 60_000;
 /// The user and group `nobody`/`nogroup` of Debian.
 const UNPRIVILEGED_ID: u32 = 65_534;
 
@@ -152,9 +154,17 @@ impl HostConfig {
             path: path.into(),
             source,
         })?;
-        let mut config: Self = toml::from_str(&text).map_err(|e| ConfigError::Parse {
+        Self::parse(&text, path)
+    }
+
+    /// Read and check the text of the file at `path`, which need not be there.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with the file, the key and what to do.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let mut config: Self = toml::from_str(text).map_err(|e| ConfigError::Parse {
             path: path.into(),
-            message: explain_toml(&text, &e),
+            message: explain_toml(text, &e),
         })?;
         let folder = path.parent().unwrap_or(Path::new(".")).to_path_buf();
         for p in [
@@ -197,6 +207,13 @@ impl HostConfig {
                 "heartbeat_ms",
                 self.heartbeat_ms.to_string(),
                 "must be 1 to 1000",
+            );
+        }
+        if self.detection_ms > DETECTION_MS_MAX {
+            return bad(
+                "detection_ms",
+                self.detection_ms.to_string(),
+                "must be at most 60000, or a VM stands still for minutes before its standby goes on",
             );
         }
         if self.detection_ms < 3 * self.heartbeat_ms {
@@ -304,6 +321,17 @@ mod tests {
             e,
             "line 3: unknown field `state_dri`; did you mean `state_dir`?"
         );
+    }
+
+    #[test]
+    fn a_detection_time_that_no_clock_reckons_with_is_refused() {
+        let parse = |ms: u64| {
+            let text = format!("name = 'a'\nregistry_dir = 'r'\ndetection_ms = {ms}\n");
+            HostConfig::parse(&text, std::path::Path::new("/h.toml")).map_err(|e| e.to_string())
+        };
+        assert!(parse(60_000).is_ok());
+        let told = parse(1 << 60).unwrap_err();
+        assert!(told.contains("must be at most 60000"), "{told}");
     }
 
     #[test]

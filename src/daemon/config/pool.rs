@@ -13,6 +13,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+/// Longest of the pool's times: what is reckoned from them stays far from the end of numbers.
+const TIME_MS_MAX: u64 = 3_600_000;
+
 /// What this host knows of its pool.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -97,6 +100,18 @@ impl Default for PoolTiming {
 }
 
 impl PoolTiming {
+    /// The keys with their values.
+    const fn all(&self) -> [(&'static str, u64); 6] {
+        [
+            ("period_ms", self.period_ms),
+            ("network_lost_ms", self.network_lost_ms),
+            ("storage_lost_ms", self.storage_lost_ms),
+            ("lease_ms", self.lease_ms),
+            ("watchdog_ms", self.watchdog_ms),
+            ("hesitation_ms", self.hesitation_ms),
+        ]
+    }
+
     /// As the decisions take them.
     #[must_use]
     pub fn timing(&self) -> Timing {
@@ -189,6 +204,16 @@ impl PoolConfig {
     }
 
     fn sound(&self, me: &HostName, slot: Option<u16>) -> Result<(), String> {
+        let long = self
+            .timing
+            .all()
+            .into_iter()
+            .find(|(_, ms)| *ms > TIME_MS_MAX);
+        if let Some((key, ms)) = long {
+            return Err(format!(
+                "{key} = {ms}: at most {TIME_MS_MAX} ms, an hour; nobody waits longer for a dead host"
+            ));
+        }
         self.timing.timing().check()?;
         let networks: BTreeSet<&String> = self.networks.iter().collect();
         if self.networks.is_empty() || self.networks.len() > usize::from(NETWORKS_MAX) {
@@ -313,6 +338,11 @@ addresses = { management = \"10.77.0.102\" }
                 "watchdog = ",
                 "timing = { lease_ms = 1 }\nwatchdog = ",
                 "lease 0.001 s must be at least",
+            ),
+            (
+                "watchdog = ",
+                "timing = { period_ms = 9000000000000000000 }\nwatchdog = ",
+                "period_ms = 9000000000000000000: at most 3600000 ms",
             ),
         ] {
             let told = read(&POOL.replacen(from, to, 1)).unwrap_err();

@@ -10,6 +10,7 @@ use super::{Event, Setup};
 use crate::beat::{Inbox, Network, NetworkIndex, Peer, Transport, TransportConfig, load_keys};
 use crate::fence::job::{Job, Outcome};
 use crate::fence::watchdog::BootNs;
+use crate::ha::detector::Listening;
 use crate::ha::machine::{Action, Config, Input, Local, Machine, Phase, WriteOutcome};
 use crate::ha::report::{Path, Report};
 use crate::ha::state::{PoolState, STATE_KEY, Standing};
@@ -42,6 +43,8 @@ pub(super) struct Life<'a> {
     setup: &'a Setup,
     incarnation: Incarnation,
     machine: Machine,
+    /// Ticks with the machine, for what is shown.
+    listening: Listening,
     transport: Transport,
     storage: Option<StorageBeats>,
     watchdog: Option<HostWatchdog>,
@@ -51,6 +54,7 @@ pub(super) struct Life<'a> {
     next_tick: Millis,
     next_keys: Millis,
     registry_error: Option<String>,
+    storage_trouble: Option<String>,
     failed: Option<String>,
     leaving: bool,
     end: Option<End>,
@@ -111,10 +115,12 @@ impl<'a> Life<'a> {
             power_fencing: setup.fencing.is_some(),
         };
         tracing::info!(incarnation = incarnation.0, "a life in the pool begins");
+        let now = boot_now();
         Ok(Self {
             setup,
             incarnation,
-            machine: Machine::new(config, boot_now()),
+            machine: Machine::new(config, now),
+            listening: Listening::new(timing, now),
             transport,
             storage,
             watchdog: place.map(|place| HostWatchdog::new(place, duration(timing.watchdog))),
@@ -124,6 +130,7 @@ impl<'a> Life<'a> {
             next_tick: boot_now(),
             next_keys: boot_now(),
             registry_error: None,
+            storage_trouble: None,
             failed: None,
             leaving: false,
             end: None,
@@ -154,7 +161,11 @@ impl<'a> Life<'a> {
     fn tick(&mut self, now: Millis) {
         let timing = self.setup.pool.timing.timing();
         self.next_tick = now + timing.period;
+        let trouble = self.setup.disks.trouble(duration(timing.storage_lost));
+        let storage_ok = trouble.is_none();
+        self.note_storage(trouble);
         let local = Local {
+            storage_ok,
             gateway_age: self
                 .setup
                 .gateway
@@ -171,6 +182,7 @@ impl<'a> Life<'a> {
         self.input(Input::Local(local));
         self.poll_fences();
         self.look_for_keys(now);
+        self.listening.tick(boot_now());
         self.input(Input::Tick);
         self.show();
     }
@@ -267,6 +279,17 @@ impl<'a> Life<'a> {
             _ if self.leaving => End::Left,
             _ => End::Over,
         });
+    }
+
+    fn note_storage(&mut self, trouble: Option<String>) {
+        match (&trouble, &self.storage_trouble) {
+            (Some(trouble), None) => {
+                tracing::error!("the storage of this host's VMs does not answer: {trouble}");
+            }
+            (None, Some(_)) => tracing::info!("the storage of this host's VMs answers again"),
+            _ => {}
+        }
+        self.storage_trouble = trouble;
     }
 
     fn note_registry(&mut self, problem: Option<&String>) {
@@ -479,6 +502,7 @@ impl<'a> Life<'a> {
             setup: self.setup,
             incarnation: self.incarnation,
             machine: &self.machine,
+            listening: &self.listening,
             watchdog: self.watchdog.as_ref(),
             registry_error: self.registry_error.as_deref(),
             transport: &transport,

@@ -15,6 +15,7 @@
 //! Must never: open the gate before the watchdog is armed, say that all is stopped while a start
 //! is under way, disarm the watchdog while anything runs.
 
+mod disks;
 mod gate;
 mod isolating;
 mod life;
@@ -42,6 +43,7 @@ use crate::pool::{HostId, HostName, Incarnation};
 use crate::registry::Versioned;
 use crate::registry::statefile::paxos::HostSlot;
 use crate::registry::statefile::{CALL_WAIT, StatefileOptions};
+use disks::Disks;
 use life::{End, Life};
 use restarts::Restarts;
 use showing::Shown;
@@ -91,6 +93,7 @@ struct Setup {
     vms: Weak<Host>,
     shown: Arc<Shown>,
     restarts: Restarts,
+    disks: Disks,
 }
 
 /// The membership of this host.
@@ -165,6 +168,7 @@ impl Membership {
             gateway: gateway.transpose()?,
             claims,
             gate,
+            disks: Disks::start(vms.clone())?,
             vms,
             shown: Arc::clone(&shown),
             restarts,

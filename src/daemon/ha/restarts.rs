@@ -199,27 +199,7 @@ impl Runner {
         if leads != Some(self.setup.id) {
             return Ok(());
         }
-        let mut plan = found
-            .plan
-            .as_ref()
-            .map(|plan| plan.value.clone())
-            .unwrap_or_default();
-        let targets = targets(&found);
-        // Two orders for one version of a record: one of them starts the VM.
-        plan.forget_open(
-            |order| is_void(order, &found.records),
-            |to| targets.iter().any(|target| target.host == *to),
-        );
-        plan.forget(|order| is_void(order, &found.records));
-        for member in found.state.members.values() {
-            let proof = match member.standing {
-                Standing::Dead(proof) => proof,
-                Standing::Away => Proof::Farewell,
-                Standing::In | Standing::Ousted => continue,
-            };
-            let vms = candidates(&found, &member.name, &plan);
-            place(&mut plan, &member.name, &proof.to_string(), vms, &targets);
-        }
+        let plan = planned(&found);
         let before = found.plan.as_ref().map(|plan| &plan.value);
         if before != Some(&plan) && !(before.is_none() && plan.orders.is_empty()) {
             for order in plan.orders.iter().filter(|order| order.to.is_none()) {
@@ -354,6 +334,31 @@ impl Runner {
 fn vm_of(uuid: &str) -> Option<VmId> {
     let uuid = uuid::Uuid::parse_str(uuid).ok()?;
     Some(VmId(uuid.into_bytes()))
+}
+
+/// The plan that follows from what was found: the same as before, if nothing new does.
+fn planned(found: &Found) -> Plan {
+    let before = found.plan.as_ref().map(|plan| &plan.value);
+    let before = before.cloned().unwrap_or_default();
+    let mut plan = before.clone();
+    let targets = targets(found);
+    // Two orders for one version of a record: one of them starts the VM.
+    plan.forget_open(
+        |order| is_void(order, &found.records),
+        |to| targets.iter().any(|target| target.host == *to),
+    );
+    plan.forget(|order| is_void(order, &found.records));
+    for member in found.state.members.values() {
+        let proof = match member.standing {
+            Standing::Dead(proof) => proof,
+            Standing::Away => Proof::Farewell,
+            Standing::In | Standing::Ousted => continue,
+        };
+        let vms = candidates(found, &member.name, &plan);
+        place(&mut plan, &member.name, &proof.to_string(), vms, &targets);
+    }
+    plan.settle(&before);
+    plan
 }
 
 /// Whether the VM's record has moved on since.
@@ -527,4 +532,69 @@ fn memory_for_vms() -> u64 {
         .unwrap_or(0);
     let all = kib << 10;
     all - (all / 8).min(HOST_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ha::state::Member;
+    use crate::pool::{Generation, Incarnation};
+
+    fn host(name: &str) -> HostName {
+        HostName::new(name).unwrap()
+    }
+
+    /// Host `a` is dead and ran one VM of 4 GiB; `b` has `gib` for it.
+    fn found(plan: Option<Plan>, gib: u64) -> Found {
+        let spec = "name = \"v\"\nuuid = \"6f1c0a52-3f0e-4b0c-9a39-3d6a2c1f6f11\"\nmemory = \"4 GiB\"\nvcpus = 1\nkernel = \"/k\"\nprotection = \"restart\"\n[[disk]]\nname = \"root\"\npath = \"/shared/v.raw\"\nsize = \"1 GiB\"\nkind = \"shared\"\n";
+        let spec = VmSpec::parse(spec, "test").unwrap();
+        let record = VmRecord {
+            generation: Generation(1),
+            owner: host("a"),
+            standby: None,
+            running: true,
+        };
+        let member = |name: &str, standing| Member {
+            name: host(name),
+            incarnation: Incarnation(1),
+            standing,
+            former: None,
+        };
+        let facts = HostFacts {
+            name: host("b"),
+            memory: gib << 30,
+        };
+        Found {
+            plan: plan.map(|value| Versioned { version: 1, value }),
+            records: [(
+                spec.uuid,
+                Versioned {
+                    version: 3,
+                    value: record,
+                },
+            )]
+            .into(),
+            specs: [(spec.uuid, spec)].into(),
+            facts: [(host("b"), facts)].into(),
+            state: PoolState {
+                members: [
+                    (HostId(0), member("a", Standing::Dead(Proof::PowerOff))),
+                    (HostId(1), member("b", Standing::In)),
+                ]
+                .into(),
+                ..PoolState::default()
+            },
+        }
+    }
+
+    #[test]
+    fn a_vm_that_fits_nowhere_changes_the_plan_once_and_again_when_it_fits() {
+        let left = planned(&found(None, 2));
+        assert_eq!((left.orders.len(), left.orders[0].to.as_ref()), (1, None));
+        assert_eq!(planned(&found(Some(left.clone()), 2)), left, "nothing new");
+        let placed = planned(&found(Some(left.clone()), 8));
+        assert_eq!(placed.orders[0].to, Some(host("b")));
+        assert!(placed.orders[0].number > left.orders[0].number);
+        assert_eq!(planned(&found(Some(placed.clone()), 8)), placed);
+    }
 }

@@ -4,11 +4,11 @@ use super::Setup;
 use super::life::boot_now;
 use super::watchdog::HostWatchdog;
 use crate::api::pool::{
-    AlertView, DecisionView, GatewayView, PathView, PoolHostView, PoolStatus, ReportView,
+    AlertView, DecisionView, GatewayView, KeysView, PathView, PoolHostView, PoolStatus, ReportView,
     RestartView, WatchdogView,
 };
-use crate::beat::TransportStatus;
-use crate::ha::detector::PathVerdict;
+use crate::beat::{PoolKeys, TransportStatus};
+use crate::ha::detector::{Listening, PathVerdict};
 use crate::ha::machine::{Machine, Phase};
 use crate::ha::report::{Path, Report};
 use crate::ha::state::{PoolState, Standing};
@@ -35,6 +35,7 @@ pub(super) struct Seen<'a> {
     pub(super) setup: &'a Setup,
     pub(super) incarnation: Incarnation,
     pub(super) machine: &'a Machine,
+    pub(super) listening: &'a Listening,
     pub(super) watchdog: Option<&'a HostWatchdog>,
     pub(super) registry_error: Option<&'a str>,
     pub(super) transport: &'a TransportStatus,
@@ -58,6 +59,7 @@ impl Shown {
             incarnation: 0,
             phase: "joining".into(),
             why: None,
+            judges: false,
             lease_ms: None,
             watchdog: WatchdogView {
                 place: watchdog.map(|place| place.display().to_string()),
@@ -65,6 +67,7 @@ impl Shown {
                 state: "disarmed".into(),
             },
             gateway: None,
+            keys: KeysView::default(),
             registry_age_ms: None,
             registry_error: None,
             state_version: None,
@@ -122,6 +125,7 @@ impl Shown {
         let mut inner = self.lock();
         inner.status.phase = "failed".into();
         inner.status.why = Some(reason.to_owned());
+        inner.status.judges = false;
         inner.status.lease_ms = None;
         inner.at = boot_now();
     }
@@ -186,11 +190,15 @@ impl Seen<'_> {
             incarnation: self.incarnation.0,
             phase: phase.into(),
             why,
+            judges: *machine.phase() == Phase::Member
+                && machine.may_give_up()
+                && self.listening.may_judge(now),
             lease_ms: machine.lease_until().map(|until| until.since(now).0),
             watchdog: self
                 .watchdog
                 .map_or_else(WatchdogView::default, HostWatchdog::view),
             gateway,
+            keys: keys_view(&super::lock(&self.setup.keys)),
             registry_age_ms: machine.read_age(now).map(|age| age.0),
             registry_error: self.registry_error.map(str::to_owned),
             state_version: state.map(|state| state.version),
@@ -307,6 +315,15 @@ impl Seen<'_> {
             watchdog_ms: report.watchdog.map(|timeout| timeout.0),
             farewell: report.farewell,
         }
+    }
+}
+
+fn keys_view(keys: &PoolKeys) -> KeysView {
+    let mut accepts: Vec<u32> = keys.digests().iter().map(|(number, _)| number.0).collect();
+    accepts.sort_unstable();
+    KeysView {
+        sends: keys.present().0,
+        accepts,
     }
 }
 

@@ -8,7 +8,9 @@ use crate::daemon::worker::Routes;
 use crate::fence::isolation::IsolatedVm;
 use crate::ha::machine::Local;
 use crate::ha::time::Millis;
+use crate::interpose::disk::Pulse;
 use crate::pool::spec::Protection;
+use std::sync::Arc;
 
 impl Host {
     /// Inboxes of all workers.
@@ -37,13 +39,19 @@ impl Host {
             .collect()
     }
 
-    /// What this host sees of itself; the gateway is not its part.
+    /// The storage of all disks of the VMs that run here.
+    pub(in crate::daemon) fn pulses(&self) -> Vec<Arc<Pulse>> {
+        let vms = lock(&self.vms);
+        let run = vms
+            .values()
+            .filter(|entry| entry.shared.snapshot().role == Role::Primary);
+        run.flat_map(|entry| entry.shared.pulses()).collect()
+    }
+
+    /// What this host sees of itself, but for gateway and storage.
     pub(in crate::daemon) fn local(&self) -> Local {
         let vms = lock(&self.vms);
-        let mut local = Local {
-            storage_ok: true,
-            ..Local::default()
-        };
+        let mut local = Local::default();
         for entry in vms.values() {
             let status = entry.shared.snapshot();
             match status.role {

@@ -6,7 +6,7 @@
 use super::{Env, WorkerConfig, WorkerEvent};
 use crate::interpose::checkpoint::{CutOptions, Monitors};
 use crate::interpose::disk::{
-    self, Disk, DiskHooks, DiskOptions, DiskServer, Mode, Owner, create_sparse,
+    self, Disk, DiskHooks, DiskOptions, DiskServer, Mode, Owner, Pulse, create_sparse,
 };
 use crate::interpose::net::{MacAddr, NetHooks, NetMode, NetPort, NetPortConfig, TapSource};
 use crate::mirror::primary::PressureKind;
@@ -188,6 +188,12 @@ impl Parts {
             },
             control,
         ))
+    }
+
+    /// The storage of each disk.
+    #[must_use]
+    pub fn pulses(&self) -> Vec<Arc<Pulse>> {
+        self.disks.iter().map(|disk| disk.pulse()).collect()
     }
 
     /// The monitors and options of a checkpointer.

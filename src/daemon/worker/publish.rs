@@ -4,9 +4,10 @@
 use crate::api::types::{Failover, Role, SeedingStatus, VmStatus};
 use crate::daemon::clock::now_ns;
 use crate::daemon::figures::{EpochSample, EventLog, Figures};
+use crate::interpose::disk::Pulse;
 use crate::pool::Generation;
 use crate::pool::spec::VmSpec;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// One VM's shown state.
 pub struct Shared {
@@ -19,6 +20,8 @@ struct Inner {
     at_ns: u64,
     figures: Figures,
     events: EventLog,
+    /// Of the disks it has here.
+    pulses: Vec<Arc<Pulse>>,
 }
 
 impl Shared {
@@ -56,6 +59,7 @@ impl Shared {
             at_ns: now_ns(),
             figures: Figures::default(),
             events: EventLog::default(),
+            pulses: Vec::new(),
         };
         Self {
             inner: Mutex::new(inner),
@@ -100,6 +104,17 @@ impl Shared {
         self.update(|s| s.last_failover = Some(failover));
     }
 
+    /// It has these disks here.
+    pub fn disks(&self, pulses: Vec<Arc<Pulse>>) {
+        self.lock().pulses = pulses;
+    }
+
+    /// The storage of its disks here; none if nothing of it is.
+    #[must_use]
+    pub fn pulses(&self) -> Vec<Arc<Pulse>> {
+        self.lock().pulses.clone()
+    }
+
     /// Take the VM's place on this host for a standby of `generation`; false if something
     /// of it is here already. From here on nobody else gets it until [`Shared::ended`].
     #[must_use]
@@ -117,6 +132,7 @@ impl Shared {
 
     /// The worker is gone.
     pub fn ended(&self) {
+        self.lock().pulses.clear();
         self.update(|s| {
             s.role = Role::Stopped;
             s.state = "stopped".into();

@@ -17,12 +17,10 @@ use etcd::Cluster;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use watch::Watch;
+use watch::{Seen, Watch};
 
-/// Longest time until the hosts are one pool.
+/// Longest time until the hosts are one pool, in which each may judge the others.
 const FORMING: Duration = Duration::from_secs(60);
-/// Until every host has listened for long enough to judge others.
-const SETTLING: Duration = Duration::from_secs(4);
 
 /// Why a case could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -146,9 +144,8 @@ pub fn run_case(
     say("waiting until the hosts are one pool");
     let watch = Watch::start(&lab);
     watch
-        .wait(FORMING, |seen| seen.all_in())
+        .wait(FORMING, Seen::all_judge)
         .map_err(|what| failed(format!("the hosts are no pool: {what}")))?;
-    std::thread::sleep(SETTLING);
 
     let roles = watch.roles();
     let who = |who: Who| -> Vec<HostName> {

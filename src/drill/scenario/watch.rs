@@ -63,11 +63,11 @@ impl Seen {
         self.hosts.insert(host.clone(), status);
     }
 
-    /// Whether every host is a member and sees all others as members.
-    pub(super) fn all_in(&self) -> bool {
+    /// Whether every host is a member, sees all others as members, and may judge them.
+    pub(super) fn all_judge(&self) -> bool {
         self.hosts.values().all(|status| {
             status.as_ref().is_some_and(|status| {
-                status.phase == "member" && status.hosts.iter().all(|host| host.standing == "in")
+                status.judges && status.hosts.iter().all(|host| host.standing == "in")
             })
         })
     }
@@ -117,7 +117,9 @@ impl Watch {
             if Instant::now() >= end {
                 let said = seen.hosts.iter().map(|(host, status)| {
                     let phase = status.as_ref().map_or("no answer", |s| s.phase.as_str());
-                    format!("{host}: {phase}")
+                    let listens = status.as_ref().is_some_and(|s| !s.judges);
+                    let yet = if listens { ", still listening" } else { "" };
+                    format!("{host}: {phase}{yet}")
                 });
                 return Err(said.collect::<Vec<_>>().join(", "));
             }
@@ -395,5 +397,32 @@ impl Judge<'_> {
                 }
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pool_whose_members_still_listen_is_not_ready_for_faults() {
+        let status = |phase: &str, judges: bool| -> PoolStatus {
+            let text = format!(
+                r#"{{"host":"a","id":0,"incarnation":1,"phase":"{phase}","judges":{judges},
+                "watchdog":{{"state":"petting"}},"term":1,"decisions":[],"restarts":[],"alerts":[],
+                "age_ms":0,"hosts":[{{"name":"a","id":0,"standing":"in","is_self":true,"paths":[]}}]}}"#
+            );
+            serde_json::from_str(&text).unwrap()
+        };
+        let (a, b) = (HostName::new("a").unwrap(), HostName::new("b").unwrap());
+        let mut seen = Seen::default();
+        seen.take_in(&a, Some(status("member", true)));
+        assert!(seen.all_judge());
+        seen.take_in(&b, None);
+        assert!(!seen.all_judge(), "one that does not answer");
+        seen.take_in(&b, Some(status("member", false)));
+        assert!(!seen.all_judge(), "one that still listens");
+        seen.take_in(&b, Some(status("member", true)));
+        assert!(seen.all_judge());
     }
 }

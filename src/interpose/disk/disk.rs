@@ -12,6 +12,7 @@ use super::extents::DiskWrite;
 use super::image::{DiskError, Image, READ_BASE_BYTES_MAX};
 use super::options::{DiskHooks, DiskOptions, Mode};
 use super::overlay::Overlay;
+use super::pulse::Pulse;
 use super::stats::{Counters, DiskStats};
 use super::writer;
 use crate::pool::{Epoch, Generation};
@@ -409,6 +410,12 @@ impl Disk {
     /// An attempt to write one failed (it is retried in the background all the same).
     pub fn wait_written(&self) -> Result<(), DiskError> {
         self.drain(self.core.lock()).map(drop)
+    }
+
+    /// Whether the storage under it answers; outlives the disk.
+    #[must_use]
+    pub fn pulse(&self) -> Arc<Pulse> {
+        Arc::clone(&self.core.image.pulse)
     }
 
     /// Counters and what is held.

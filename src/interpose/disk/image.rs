@@ -3,12 +3,14 @@
 //! It must never grow or shrink an image, and never touch a byte outside the stated size.
 
 use super::extents::{DiskWrite, WriteData};
+use super::pulse::Pulse;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::pool::Generation;
 
@@ -215,6 +217,8 @@ pub(super) struct Image {
     file: File,
     pub path: PathBuf,
     pub size: u64,
+    /// Everything that waits for the storage passes it.
+    pub pulse: Arc<Pulse>,
 }
 
 impl Image {
@@ -240,7 +244,13 @@ impl Image {
                 stated: size,
             });
         }
-        Ok(Self { file, path, size })
+        let pulse = Arc::new(Pulse::new(&path));
+        Ok(Self {
+            file,
+            path,
+            size,
+            pulse,
+        })
     }
 
     pub fn error(&self, doing: &'static str, offset: u64, source: io::Error) -> DiskError {
@@ -253,7 +263,7 @@ impl Image {
     }
 
     pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(buf, offset)
+        self.pulse.of(|| self.file.read_exact_at(buf, offset))
     }
 
     /// Read only what the page cache holds. `false`: not (all) there, `buf` is undefined; also
@@ -282,6 +292,15 @@ impl Image {
 
     /// Put `writes` into the file, in order; neighbours are gathered.
     pub fn write<'a>(&self, writes: impl Iterator<Item = &'a DiskWrite>) -> io::Result<()> {
+        self.pulse.of(|| self.put(writes))
+    }
+
+    /// Put one write into the file.
+    pub fn write_one(&self, write: &DiskWrite) -> io::Result<()> {
+        self.pulse.of(|| self.put_one(write))
+    }
+
+    fn put<'a>(&self, writes: impl Iterator<Item = &'a DiskWrite>) -> io::Result<()> {
         let mut gathered: Vec<u8> = Vec::new();
         let mut gathered_at = 0;
         for write in writes {
@@ -305,15 +324,14 @@ impl Image {
                 WriteData::Zero(_) | WriteData::Trim(_) => {
                     self.file.write_all_at(&gathered, gathered_at)?;
                     gathered.clear();
-                    self.write_one(write)?;
+                    self.put_one(write)?;
                 }
             }
         }
         self.file.write_all_at(&gathered, gathered_at)
     }
 
-    /// Put one write into the file.
-    pub fn write_one(&self, write: &DiskWrite) -> io::Result<()> {
+    fn put_one(&self, write: &DiskWrite) -> io::Result<()> {
         match &write.data {
             WriteData::Data(bytes) => self.file.write_all_at(bytes, write.offset),
             WriteData::Zero(len) => self.zero(libc::FALLOC_FL_ZERO_RANGE, write.offset, *len),
@@ -352,7 +370,7 @@ impl Image {
     }
 
     pub fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.pulse.of(|| self.file.sync_data())
     }
 
     /// Ranges that hold data, from `SEEK_DATA` and `SEEK_HOLE` (lseek(2)), rounded out to `unit`

@@ -22,6 +22,7 @@ pub mod nbd;
 mod options;
 mod overlay;
 mod pressure;
+mod pulse;
 pub mod server;
 mod stats;
 #[cfg(test)]
@@ -34,6 +35,7 @@ pub use extents::{DiskWrite, WriteData};
 pub use image::{DiskError, READ_BASE_BYTES_MAX, SECTOR_BYTES, create_sparse, create_sparse_for};
 pub use options::{DiskHooks, DiskOptions, Mode, PressureHook, WriteErrorHook};
 pub use pressure::OVERLAY_BYTES_MAX_DEFAULT;
+pub use pulse::Pulse;
 pub use server::{DiskServer, Owner, ServerError};
 pub use stats::{DiskStats, LatencySummary};
 

@@ -17,6 +17,7 @@ mod client;
 #[cfg(test)]
 mod cluster_tests;
 mod endpoint;
+pub(crate) mod fuzz;
 mod lease;
 #[cfg(test)]
 mod stream_tests;
@@ -29,6 +30,7 @@ mod wire;
 
 pub use endpoint::{ENDPOINTS_MAX, EtcdClientCertificate, EtcdConfigError, EtcdTls, PEM_BYTES_MAX};
 pub use lease::{Held, Holding, LEASE_TTL_S_MAX, Lease, LeaseId};
+pub(crate) use watch::fuzz::watch as fuzz_watch;
 pub use watch::{EtcdChange, EtcdEvent, EtcdWatch, WATCH_SURE, WatchEnd};
 
 use super::{

@@ -14,6 +14,8 @@
 //! because its member is cut off in a way nobody notices; so a watch of the registry's keys looks
 //! for itself after [`WATCH_SURE`] of silence.
 
+pub(super) mod fuzz;
+
 use super::client::{BODY_BYTES_MAX, Client, Driver, RETRY_PAUSE, block};
 use super::wire::{self, EventKind, Header, Line, WatchAnswer};
 use super::{EtcdRegistry, LIST_KEYS_MAX, Revision, Space, check, versioned};

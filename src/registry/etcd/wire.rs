@@ -39,13 +39,25 @@ fn number<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
     }
 }
 
+/// A number that etcd keeps as a signed one and that is never below zero: one more can always be
+/// reckoned with.
+fn signed<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    let found = number(from)?;
+    if i64::try_from(found).is_err() {
+        return Err(serde::de::Error::custom(format!(
+            "{found} is more than etcd counts to"
+        )));
+    }
+    Ok(found)
+}
+
 /// Whose answer it is and how far its history had come.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub(super) struct Header {
     #[serde(deserialize_with = "number", alias = "clusterId")]
     pub cluster_id: u64,
     /// 0 where etcd leaves it out: on the cancellation of a watch.
-    #[serde(default, deserialize_with = "number")]
+    #[serde(default, deserialize_with = "signed")]
     pub revision: u64,
 }
 
@@ -56,12 +68,12 @@ pub(super) struct KeyValue {
     #[serde(default, deserialize_with = "bytes")]
     pub value: Vec<u8>,
     /// 0 for a deleted key.
-    #[serde(default, deserialize_with = "number")]
+    #[serde(default, deserialize_with = "signed")]
     pub version: u64,
-    #[serde(deserialize_with = "number", alias = "modRevision")]
+    #[serde(deserialize_with = "signed", alias = "modRevision")]
     pub mod_revision: u64,
     /// 0: attached to none.
-    #[serde(default, deserialize_with = "number")]
+    #[serde(default, deserialize_with = "signed")]
     pub lease: u64,
 }
 
@@ -101,10 +113,10 @@ pub(super) struct TxnRange {
 #[derive(Debug, Deserialize)]
 pub(super) struct LeaseAnswer {
     pub header: Header,
-    #[serde(default, rename = "ID", deserialize_with = "number")]
+    #[serde(default, rename = "ID", deserialize_with = "signed")]
     pub id: u64,
     /// Seconds; 0 or left out when the lease is gone.
-    #[serde(default, rename = "TTL", deserialize_with = "number")]
+    #[serde(default, rename = "TTL", deserialize_with = "signed")]
     pub ttl_s: u64,
 }
 
@@ -125,7 +137,7 @@ pub(super) struct WatchAnswer {
     pub header: Header,
     #[serde(default)]
     pub canceled: bool,
-    #[serde(default, deserialize_with = "number", alias = "compactRevision")]
+    #[serde(default, deserialize_with = "signed", alias = "compactRevision")]
     pub compact_revision: u64,
     #[serde(default, alias = "cancelReason")]
     pub cancel_reason: String,
@@ -259,6 +271,18 @@ mod tests {
         assert!(serde_json::from_str::<RangeAnswer>("{}").is_err());
         assert!(serde_json::from_str::<TxnAnswer>(r#"{"succeeded":true}"#).is_err());
         assert!(serde_json::from_str::<RangeAnswer>(r#"{"header":{"cluster_id":"-1"}}"#).is_err());
+    }
+
+    #[test]
+    fn a_number_beyond_what_etcd_counts_to_is_refused() {
+        let answer = |revision: u64| {
+            let text = format!(r#"{{"header":{{"cluster_id":"1","revision":"{revision}"}}}}"#);
+            serde_json::from_str::<RangeAnswer>(&text)
+        };
+        let most = u64::MAX / 2;
+        assert_eq!(answer(most).unwrap().header.revision, most);
+        let told = answer(most + 1).unwrap_err().to_string();
+        assert!(told.contains("more than etcd counts to"), "{told}");
     }
 
     #[test]

@@ -25,6 +25,7 @@ mod device;
 mod disk;
 mod document;
 mod fault;
+pub(crate) mod fuzz;
 mod inspect;
 mod layout;
 mod make;

@@ -53,6 +53,9 @@ enum Slot {
     Network(Network),
 }
 
+/// Longest time, a year: sums of several stay far from the end of numbers.
+const TIME_MS_MAX: u64 = 365 * 24 * 3_600_000;
+
 /// A length of time: a number and `ms`, `s`, `min` or `h`.
 ///
 /// # Errors
@@ -60,7 +63,7 @@ enum Slot {
 pub fn duration(text: &str) -> Result<Millis, BadWords> {
     let bad = || {
         BadWords(format!(
-            "`{text}` is no time; write a number and ms, s, min or h, like \"20 s\""
+            "`{text}` is no time; write a number and ms, s, min or h, like \"20 s\", of at most a year"
         ))
     };
     let text = text.trim();
@@ -83,7 +86,11 @@ pub fn duration(text: &str) -> Result<Millis, BadWords> {
         let ten = 10_u64
             .checked_pow(u32::try_from(part.len()).map_err(|_| bad())?)
             .ok_or_else(bad)?;
-        millis += digits.checked_mul(scale).ok_or_else(bad)? / ten;
+        let part = digits.checked_mul(scale).ok_or_else(bad)? / ten;
+        millis = millis.checked_add(part).ok_or_else(bad)?;
+    }
+    if millis > TIME_MS_MAX {
+        return Err(bad());
     }
     Ok(Millis(millis))
 }
@@ -301,7 +308,16 @@ mod tests {
         ] {
             assert_eq!(duration(text), Ok(Millis(ms)), "{text}");
         }
-        for bad in ["20", "s", "20 m", "1.2.3 s", "-1 s", ""] {
+        for bad in [
+            "20",
+            "s",
+            "20 m",
+            "1.2.3 s",
+            "-1 s",
+            "",
+            "8761 h",
+            "18446744073709551615.9 ms",
+        ] {
             assert!(duration(bad).is_err(), "{bad}");
         }
     }

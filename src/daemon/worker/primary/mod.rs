@@ -110,6 +110,7 @@ impl PrimarySide {
             .ok_or("the worker was ended")?;
         let (parts, control) =
             Parts::make(env, config, Side::Primary, record.value.generation, &inbox)?;
+        shared.disks(parts.pulses());
         shared.event(format!("started, QEMU is process {}", parts.qemu.pid()));
         Self::over(
             env,

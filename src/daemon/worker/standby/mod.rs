@@ -115,6 +115,7 @@ impl<'a> StandbySide<'a> {
         // Measured once per process, 20 ms; a promotion has no time for it.
         let _ = ticks_per_second();
         let (parts, control) = Parts::make(env, config, Side::Standby, generation, &inbox)?;
+        shared.disks(parts.pulses());
         let incoming = Incoming::prepare(control).map_err(say)?;
         // Measured once in a process, 20 ms that a promotion should not wait for.
         let _ = ticks_per_second();
