@@ -1,0 +1,6 @@
+//! pair
+pub mod copy;
+pub mod core;
+pub mod message;
+#[cfg(test)]
+mod model;
