@@ -122,4 +122,8 @@ pub trait Registry: Send {
     ) -> Result<Listing, RegistryError> {
         watch::by_polling(self, prefix, seen, wait)
     }
+
+    /// This host's daemon ends, and nothing is asked through this handle any more: tell those
+    /// who would otherwise have to find out. Takes a bounded time.
+    fn leave(&mut self) {}
 }

@@ -233,7 +233,7 @@ pub enum Fault {
     Behind,
     /// One has none and the other may be stale.
     #[error(
-        "one host's copy is gone, and it may have been the newer one; see docs/registry.md on how to declare the other one right"
+        "one host's copy is gone, and it may have been the newer one; `pollux pool alone` on the host whose copy is right, if it is (docs/registry.md)"
     )]
     CopyGone,
     /// The partner says what it cannot say.
@@ -322,6 +322,7 @@ pub(super) enum Sabotage {
     /// A host that is not live fences.
     StaleAlone,
     /// A paired copy is live from the start.
+    #[cfg(test)]
     LiveAtStart,
     /// The lower side commits before the higher one holds it.
     CommitEarly,
