@@ -21,7 +21,7 @@
 use super::packet::{Incarnation, KeyNumber, Medium, PoolId};
 use crate::pool::HostName;
 use ring::rand::SecureRandom;
-use ring::{hkdf, hmac};
+use ring::{aead, hkdf, hmac};
 use std::fmt;
 use std::str::FromStr;
 
@@ -33,6 +33,8 @@ const LINE_NAME: &str = "pollux-pool-1";
 pub const LINE_BYTES_MAX: usize = 256;
 /// Separates these keys from any other use of the secret.
 const LABEL: &[u8] = b"pollux beat 1";
+/// The same of those that seal a stream.
+const STREAM_LABEL: &[u8] = b"pollux session 1";
 
 /// One secret with its number.
 #[derive(Clone, PartialEq, Eq)]
@@ -437,6 +439,20 @@ impl Keyring {
         ];
         let okm = self.find(number)?.expand(&info, hmac::HMAC_SHA256).ok()?;
         Some(hmac::Key::from(okm))
+    }
+
+    /// The key for one direction of a stream: from whose greeting, to whose, and who; all of
+    /// fixed length but the last. `None` if this host does not hold the pool's key of that number.
+    pub(super) fn stream_key(
+        &self,
+        number: KeyNumber,
+        direction: [&[u8]; 3],
+    ) -> Option<aead::LessSafeKey> {
+        let [from, to, sender] = direction;
+        let number_bytes = number.0.to_le_bytes();
+        let info = [STREAM_LABEL, &number_bytes, from, to, sender];
+        let okm = self.find(number)?.expand(&info, &aead::AES_256_GCM).ok()?;
+        Some(aead::LessSafeKey::new(okm.into()))
     }
 }
 

@@ -24,6 +24,7 @@ mod keys;
 mod namespace;
 mod packet;
 mod seal;
+mod session;
 mod state;
 mod transport;
 
@@ -37,6 +38,10 @@ pub use packet::{
     PAYLOAD_BYTES_MAX, PoolId, Sequence,
 };
 pub use seal::{DISKS_MAX, DiskIndex, News, Opened, Opener, SealError, Sealer, Slot};
+pub use session::{
+    FIRST_FRAME_BYTES_MAX, FrameOpener, FrameSealer, GREETING_BYTES, LENGTH_BYTES, SessionError,
+    SessionStart,
+};
 pub use state::{StateError, keys_path, load_keys, next_incarnation, save_first_keys, save_keys};
 pub use transport::{
     Batch, Event, Inbox, Network, NetworkStatus, PER_SENDER_MAX, PERIOD_DEFAULT, PERIOD_MAX,

@@ -2,7 +2,7 @@
 
 use super::print_json;
 use crate::ha::timing::Timing;
-use crate::lab::daemons::{daemon_spec, up_linked};
+use crate::lab::daemons::{daemon_spec, pair_config, up_linked};
 use crate::lab::pool::PoolLab;
 use crate::lab::{KeepPolicy, Lab, Place};
 use crate::pool::HostName;
@@ -28,6 +28,10 @@ pub(super) enum LabCommand {
         /// Private links between each two hosts.
         #[arg(long, default_value_t = 1)]
         links: u8,
+        /// Where the pool's decisions are kept. `pair`: a copy on each of two hosts, and neither
+        /// shared storage nor etcd.
+        #[arg(long, default_value = "statefile")]
+        registry: LabRegistry,
         /// Disks of the statefile: 1 or 3.
         #[arg(long, default_value_t = 1)]
         statefile_disks: u8,
@@ -93,6 +97,14 @@ pub(super) struct OfHost {
     host: HostName,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum LabRegistry {
+    /// Shared disks.
+    Statefile,
+    /// A copy on each of two hosts.
+    Pair,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 pub(super) enum Switch {
     /// Boot it.
@@ -115,12 +127,21 @@ pub(super) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
             name,
             hosts,
             links,
+            registry,
             statefile_disks,
             no_pool,
             no_fencing,
         } => {
+            let count = hosts.len();
             let mut spec = daemon_spec(&name, hosts, links, KeepPolicy::Detached)?;
             spec.statefile_disks = statefile_disks;
+            if registry == LabRegistry::Pair {
+                if count != 2 || no_pool {
+                    bail!("--registry pair is for two hosts that are a pool");
+                }
+                spec.statefile_disks = 0;
+                spec.host_config = Box::new(pair_config);
+            }
             spec.pool = (!no_pool).then(|| PoolLab {
                 watchdog: Some(Duration::from_millis(Timing::DEFAULT.watchdog.0)),
                 fencing: !no_fencing,

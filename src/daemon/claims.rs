@@ -81,6 +81,18 @@ impl Claims {
         self.put(Op::Work(Box::new(work)));
     }
 
+    /// Nothing is asked any more; returns when those who wait for that have been told.
+    pub fn leave(&self) {
+        let (tx, rx) = sync_channel(1);
+        self.work(move |registry| {
+            if let Ok(registry) = registry {
+                registry.leave();
+            }
+            let _ = tx.send(());
+        });
+        let _ = rx.recv();
+    }
+
     fn put(&self, op: Op) {
         let (op, reason) = match self.ops.try_send(op) {
             Ok(()) => return,

@@ -14,6 +14,7 @@ mod host;
 mod http;
 mod keys;
 mod linktest;
+mod pair;
 mod partner;
 mod registry;
 mod store;

@@ -1,6 +1,7 @@
 //! Opens the registry that the host's configuration names.
 
 use super::config::{HostConfig, RegistryConfig};
+use super::pair::{self, LastHeard, PairOpenError};
 use crate::registry::etcd::{EtcdClientCertificate, EtcdConfigError, EtcdTls};
 use crate::registry::statefile::paxos::HostSlot;
 use crate::registry::statefile::{CALL_WAIT, OpenError, Statefile, StatefileOptions};
@@ -23,6 +24,9 @@ pub(super) enum RegistryOpenError {
     /// etcd's settings.
     #[error("etcd: {0}")]
     Etcd(#[from] EtcdConfigError),
+    /// The pair's.
+    #[error("[registry] kind = \"pair\": {0}")]
+    Pair(#[from] PairOpenError),
     /// A certificate without its key, or TLS settings that lack the authority.
     #[error("[registry]: {0}")]
     Tls(&'static str),
@@ -37,6 +41,7 @@ pub(super) enum RegistryOpenError {
 pub(super) fn open(
     config: &HostConfig,
     runtime: &Handle,
+    heard: &LastHeard,
 ) -> Result<Box<dyn Registry>, RegistryOpenError> {
     let mut registry: Box<dyn Registry> = match config.registry() {
         RegistryConfig::File { dir } => {
@@ -57,6 +62,10 @@ pub(super) fn open(
                 ..EtcdOptions::new(pool, endpoints.clone())
             };
             Box::new(EtcdRegistry::new(&options, runtime.clone())?)
+        }
+        // It answers once its partner is there; that is told when it happens.
+        RegistryConfig::Pair { port, .. } => {
+            return Ok(Box::new(pair::open(config, *port, heard)?));
         }
     };
     if let Err(e @ (RegistryError::NotDone { .. } | RegistryError::Unknown { .. })) =

@@ -60,6 +60,18 @@ pub fn host_config(name: &HostName, net: &HostNet) -> String {
             net.index
         )
     };
+    config_with(name, net, &registry)
+}
+
+/// The same with a registry held twice, a copy on each of two hosts; they must be a pool.
+#[must_use]
+pub fn pair_config(name: &HostName, net: &HostNet) -> String {
+    let registry = "kind = \"pair\"\ntie-breaker = \"gateway\"";
+    config_with(name, net, registry)
+}
+
+fn config_with(name: &HostName, net: &HostNet, registry: &str) -> String {
+    let path = |p: &Path| toml::Value::String(p.display().to_string()).to_string();
     let pool = net
         .pool
         .as_ref()

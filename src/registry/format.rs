@@ -72,15 +72,37 @@ pub enum BadRegistryFile {
 
 /// The file for these entries.
 pub(super) fn encode(entries: &Entries) -> Result<Vec<u8>, BadRegistryFile> {
-    let too_big = |what, size: usize, max| BadRegistryFile::TooBig {
+    let mut payload = Vec::new();
+    put_entries(&mut payload, entries)?;
+    if HEADER_BYTES + payload.len() > FILE_BYTES_MAX {
+        return Err(too_big("length", payload.len(), FILE_BYTES_MAX));
+    }
+    let mut file = Vec::with_capacity(HEADER_BYTES + payload.len());
+    file.extend_from_slice(&MAGIC);
+    file.extend_from_slice(&VERSION.to_le_bytes());
+    file.extend_from_slice(&crc32fast::hash(&payload).to_le_bytes());
+    file.extend_from_slice(
+        &u64::try_from(payload.len())
+            .unwrap_or(u64::MAX)
+            .to_le_bytes(),
+    );
+    file.extend_from_slice(&payload);
+    Ok(file)
+}
+
+fn too_big(what: &'static str, size: usize, max: usize) -> BadRegistryFile {
+    BadRegistryFile::TooBig {
         what,
         size: u64::try_from(size).unwrap_or(u64::MAX),
         max,
-    };
+    }
+}
+
+/// The entries, as they stand in the payload.
+pub(super) fn put_entries(payload: &mut Vec<u8>, entries: &Entries) -> Result<(), BadRegistryFile> {
     if entries.len() > ENTRIES_MAX {
         return Err(too_big("number of keys", entries.len(), ENTRIES_MAX));
     }
-    let mut payload = Vec::new();
     let count = u32::try_from(entries.len())
         .map_err(|_| too_big("number of keys", entries.len(), ENTRIES_MAX))?;
     payload.extend_from_slice(&count.to_le_bytes());
@@ -99,30 +121,29 @@ pub(super) fn encode(entries: &Entries) -> Result<Vec<u8>, BadRegistryFile> {
         payload.extend_from_slice(&value_len.to_le_bytes());
         payload.extend_from_slice(&entry.value);
     }
-    if HEADER_BYTES + payload.len() > FILE_BYTES_MAX {
-        return Err(too_big("length", payload.len(), FILE_BYTES_MAX));
-    }
-    let mut file = Vec::with_capacity(HEADER_BYTES + payload.len());
-    file.extend_from_slice(&MAGIC);
-    file.extend_from_slice(&VERSION.to_le_bytes());
-    file.extend_from_slice(&crc32fast::hash(&payload).to_le_bytes());
-    file.extend_from_slice(
-        &u64::try_from(payload.len())
-            .unwrap_or(u64::MAX)
-            .to_le_bytes(),
-    );
-    file.extend_from_slice(&payload);
-    Ok(file)
+    Ok(())
 }
 
 /// A reader over bytes that may be anything.
-struct Cursor<'a> {
+pub(super) struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
 impl<'a> Cursor<'a> {
-    fn take(&mut self, n: usize) -> Result<&'a [u8], BadRegistryFile> {
+    pub(super) fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes, at: 0 }
+    }
+
+    /// That nothing follows.
+    pub(super) fn at_end(&self, otherwise: &'static str) -> Result<(), BadRegistryFile> {
+        if self.at == self.bytes.len() {
+            return Ok(());
+        }
+        Err(BadRegistryFile::Nonsense(otherwise))
+    }
+
+    pub(super) fn take(&mut self, n: usize) -> Result<&'a [u8], BadRegistryFile> {
         let need = self.at.saturating_add(n);
         let taken = self
             .bytes
@@ -135,14 +156,14 @@ impl<'a> Cursor<'a> {
         Ok(taken)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], BadRegistryFile> {
+    pub(super) fn array<const N: usize>(&mut self) -> Result<[u8; N], BadRegistryFile> {
         let mut array = [0; N];
         array.copy_from_slice(self.take(N)?);
         Ok(array)
     }
 }
 
-fn capped(what: &'static str, size: u64, max: usize) -> Result<usize, BadRegistryFile> {
+pub(super) fn capped(what: &'static str, size: u64, max: usize) -> Result<usize, BadRegistryFile> {
     usize::try_from(size)
         .ok()
         .filter(|size| *size <= max)
@@ -151,7 +172,7 @@ fn capped(what: &'static str, size: u64, max: usize) -> Result<usize, BadRegistr
 
 /// The entries of a file.
 pub(super) fn decode(bytes: &[u8]) -> Result<Entries, BadRegistryFile> {
-    let mut head = Cursor { bytes, at: 0 };
+    let mut head = Cursor::new(bytes);
     if head.array::<8>()? != MAGIC {
         return Err(BadRegistryFile::Magic);
     }
@@ -162,17 +183,19 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Entries, BadRegistryFile> {
     let said = u32::from_le_bytes(head.array()?);
     let length = capped("length", u64::from_le_bytes(head.array()?), FILE_BYTES_MAX)?;
     let payload = head.take(length)?;
-    if head.at != bytes.len() {
-        return Err(BadRegistryFile::Nonsense("bytes follow the end"));
-    }
+    head.at_end("bytes follow the end")?;
     let found = crc32fast::hash(payload);
     if found != said {
         return Err(BadRegistryFile::Crc { found, said });
     }
-    let mut body = Cursor {
-        bytes: payload,
-        at: 0,
-    };
+    let mut body = Cursor::new(payload);
+    let entries = take_entries(&mut body)?;
+    body.at_end("bytes follow the last entry")?;
+    Ok(entries)
+}
+
+/// The entries, as they stand in a payload.
+pub(super) fn take_entries(body: &mut Cursor<'_>) -> Result<Entries, BadRegistryFile> {
     let count = capped(
         "number of keys",
         u32::from_le_bytes(body.array()?).into(),
@@ -204,9 +227,6 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Entries, BadRegistryFile> {
             return Err(BadRegistryFile::Nonsense("its keys are out of order"));
         }
         entries.insert(key.to_owned(), Versioned { version, value });
-    }
-    if body.at != payload.len() {
-        return Err(BadRegistryFile::Nonsense("bytes follow the last entry"));
     }
     Ok(entries)
 }

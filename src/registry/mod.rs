@@ -14,6 +14,7 @@ use std::time::Duration;
 pub mod etcd;
 mod file;
 mod format;
+pub mod pair;
 pub mod statefile;
 #[cfg(test)]
 mod suite;
@@ -25,7 +26,7 @@ pub use format::{BadRegistryFile, ENTRIES_MAX, FILE_BYTES_MAX, KEY_BYTES_MAX, VA
 pub use watch::{Seen, WATCH_POLL};
 
 /// A value and how many times its key has been written (1 = just created).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Versioned<T> {
     /// Number of won writes of this key, at least 1.
     pub version: u64,
@@ -121,4 +122,8 @@ pub trait Registry: Send {
     ) -> Result<Listing, RegistryError> {
         watch::by_polling(self, prefix, seen, wait)
     }
+
+    /// This host's daemon ends, and nothing is asked through this handle any more: tell those
+    /// who would otherwise have to find out. Takes a bounded time.
+    fn leave(&mut self) {}
 }

@@ -60,6 +60,12 @@ pub(in crate::cli) struct Folder {
     state_dir: PathBuf,
 }
 
+impl Folder {
+    pub(super) fn path(&self) -> &Path {
+        &self.state_dir
+    }
+}
+
 #[derive(Args)]
 #[group(multiple = false)]
 pub(in crate::cli) struct StepArgs {

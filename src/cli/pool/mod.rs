@@ -1,5 +1,6 @@
 //! `pollux pool …` and `pollux why`.
 
+mod alone;
 mod key;
 mod show;
 
@@ -18,6 +19,7 @@ pub(super) enum PoolCommand {
     /// The pool's key: what a host needs to be heard by the others.
     #[command(subcommand)]
     Key(key::KeyCommand),
+    Alone(alone::Alone),
 }
 
 pub(super) fn run(command: PoolCommand, client: &Client, json: bool) -> anyhow::Result<ExitCode> {
@@ -36,6 +38,7 @@ pub(super) fn run(command: PoolCommand, client: &Client, json: bool) -> anyhow::
             })
         }
         PoolCommand::Key(command) => key::run(command, json),
+        PoolCommand::Alone(alone) => alone.run(),
     }
 }
 

@@ -4,7 +4,7 @@ mod pool;
 mod registry;
 
 pub use pool::{Address, PoolConfig, PoolHost, PoolTiming};
-pub use registry::RegistryConfig;
+pub use registry::{RegistryConfig, TieBreaker};
 
 use crate::mirror::{Micros, Timing};
 use crate::pool::HostName;
@@ -130,6 +130,14 @@ pub enum ConfigError {
         /// What is wrong and what to do.
         what: String,
     },
+    /// A pair's registry without a pair.
+    #[error("{path}: [registry] kind = \"pair\": {what}")]
+    Pair {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what to do.
+        what: String,
+    },
     /// A value that cannot work.
     #[error("{path}: {key} = {value}: {reason}")]
     Value {
@@ -188,6 +196,7 @@ impl HostConfig {
             };
             pool.check(path, &config.name, slot)?;
         }
+        registry.check(path, config.pool.as_ref())?;
         config.registry = Some(registry);
         config.check(path)?;
         Ok(config)

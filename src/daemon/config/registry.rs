@@ -1,6 +1,7 @@
-//! Which registry the host uses: the locked file, the statefile, or etcd.
+//! Which registry the host uses: the locked file, the statefile, etcd, or a copy on each of two
+//! hosts.
 
-use super::ConfigError;
+use super::{ConfigError, PoolConfig};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -40,11 +41,28 @@ pub enum RegistryConfig {
         #[serde(default)]
         allow_plain_http: bool,
     },
+    /// A copy on each host of a pool of two that has neither shared storage nor etcd.
+    Pair {
+        /// What a host must reach to go on without its partner, once that is confirmed off.
+        #[serde(rename = "tie-breaker")]
+        tie_breaker: TieBreaker,
+        /// TCP port of the two hosts' connection; one above the pool's if it is left out.
+        #[serde(default)]
+        port: Option<u16>,
+    },
+}
+
+/// What decides between two hosts that do not hear each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TieBreaker {
+    /// The pool's gateway.
+    Gateway,
 }
 
 impl RegistryConfig {
     /// The keys of the table, for the nearest-key hint.
-    pub(super) const KEYS: [&str; 10] = [
+    pub(super) const KEYS: [&str; 12] = [
         "kind",
         "dir",
         "disks",
@@ -55,6 +73,8 @@ impl RegistryConfig {
         "certificate",
         "key",
         "allow_plain_http",
+        "tie-breaker",
+        "port",
     ];
 
     /// Make relative paths begin at the configuration file's folder.
@@ -76,7 +96,22 @@ impl RegistryConfig {
                 .into_iter()
                 .flatten()
                 .for_each(anchor),
+            Self::Pair { .. } => {}
         }
+    }
+
+    /// Whether `pool` is one that this registry can be of.
+    ///
+    /// # Errors
+    /// [`ConfigError::Pair`]: what is wrong and what to do.
+    pub(super) fn check(&self, path: &Path, pool: Option<&PoolConfig>) -> Result<(), ConfigError> {
+        let Self::Pair { port, .. } = self else {
+            return Ok(());
+        };
+        pair_is_sound(*port, pool).map_err(|what| ConfigError::Pair {
+            path: path.into(),
+            what,
+        })
     }
 
     /// What a folder and a table together mean.
@@ -97,6 +132,33 @@ impl RegistryConfig {
     }
 }
 
+fn pair_is_sound(port: Option<u16>, pool: Option<&PoolConfig>) -> Result<(), String> {
+    let pool = pool.ok_or("it needs the table [pool], with both hosts and their networks")?;
+    let [one, other] = &pool.hosts[..] else {
+        return Err(format!(
+            "it is for a pool of two hosts, and [pool] names {}; use a statefile or etcd",
+            pool.hosts.len()
+        ));
+    };
+    if pool.gateway.is_none() {
+        return Err(
+            "tie-breaker = \"gateway\" needs `gateway` in [pool], the router through which clients come"
+                .into(),
+        );
+    }
+    if port == Some(0) || (port.is_none() && pool.port == u16::MAX) {
+        return Err("there is no such port; give one from 1 to 65535 in `port`".into());
+    }
+    let mut both = one.addresses.keys();
+    if !both.any(|network| other.addresses.contains_key(network)) {
+        return Err(format!(
+            "`{}` and `{}` have no network in common; give both an address on one in `addresses`",
+            one.name, other.name
+        ));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::HostConfig;
@@ -114,6 +176,7 @@ mod tests {
             RegistryConfig::File { dir } => strip(dir),
             RegistryConfig::Statefile { disks, .. } => disks.iter_mut().for_each(strip),
             RegistryConfig::Etcd { ca, .. } => ca.iter_mut().for_each(strip),
+            RegistryConfig::Pair { .. } => {}
         }
         Ok(registry)
     }
@@ -143,6 +206,52 @@ mod tests {
             (endpoints.len(), ca, allow_plain_http),
             (1, Some("ca.pem".into()), false)
         );
+    }
+
+    const PAIR: &str = "\
+[registry]
+kind = \"pair\"
+tie-breaker = \"gateway\"
+[pool]
+networks = [\"lan\", \"direct\"]
+gateway = \"10.0.0.1\"
+[[pool.host]]
+name = \"a\"
+id = 3
+addresses = { lan = \"10.0.0.2\" }
+[[pool.host]]
+name = \"b\"
+id = 5
+addresses = { lan = \"10.0.0.3\", direct = \"10.1.0.3\" }
+";
+
+    #[test]
+    fn a_pair_is_read_and_one_that_cannot_be_is_refused_in_words() {
+        let pair = RegistryConfig::Pair {
+            tie_breaker: TieBreaker::Gateway,
+            port: None,
+        };
+        assert_eq!(read(PAIR), Ok(pair));
+        let third =
+            "[[pool.host]]\nname = \"c\"\nid = 7\naddresses = {}\n[[pool.host]]\nname = \"b\"";
+        for (from, to, says) in [
+            (
+                "tie-breaker = \"gateway\"\n",
+                "",
+                "missing field `tie-breaker`",
+            ),
+            ("= \"gateway\"\n", "= \"coin\"\n", "unknown variant `coin`"),
+            ("gateway = \"10.0.0.1\"\n", "", "needs `gateway` in [pool]"),
+            ("[[pool.host]]\nname = \"b\"", third, "[pool] names 3"),
+            ("{ lan = \"10.0.0.3\", ", "{ ", "no network in common"),
+            ("[pool]\n", "port = 0\n[pool]\n", "no such port"),
+            ("tie-breaker", "tiebreaker", "did you mean `tie-breaker`?"),
+        ] {
+            let told = read(&PAIR.replacen(from, to, 1)).unwrap_err();
+            assert!(told.contains(says), "{told}");
+        }
+        let told = read(PAIR.split("[pool]").next().unwrap()).unwrap_err();
+        assert!(told.contains("needs the table [pool]"), "{told}");
     }
 
     #[test]

@@ -55,6 +55,8 @@ pub(super) struct Life<'a> {
     next_keys: Millis,
     registry_error: Option<String>,
     storage_trouble: Option<String>,
+    /// Of the newest change of the pool's state, if it did not go through.
+    write_error: Option<String>,
     failed: Option<String>,
     leaving: bool,
     end: Option<End>,
@@ -131,6 +133,7 @@ impl<'a> Life<'a> {
             next_keys: boot_now(),
             registry_error: None,
             storage_trouble: None,
+            write_error: None,
             failed: None,
             leaving: false,
             end: None,
@@ -223,6 +226,7 @@ impl<'a> Life<'a> {
                 let speaks_for_itself = host.is_some_and(|host| host.name == sender)
                     && report.incarnation == incarnation;
                 if speaks_for_itself {
+                    self.setup.heard.note(boot_now());
                     self.input(Input::Heard { path, report });
                 } else {
                     tracing::warn!(
@@ -237,7 +241,7 @@ impl<'a> Life<'a> {
                 self.input(Input::Read(result));
             }
             Event::Written(outcome, problem) => {
-                self.note_registry(problem.as_ref());
+                self.note_write(problem);
                 self.input(Input::Written(outcome));
             }
             Event::Stopped => {
@@ -300,6 +304,17 @@ impl<'a> Life<'a> {
             tracing::info!("the pool's state can be read again");
         }
         self.registry_error = problem.cloned();
+    }
+
+    /// It is tried again with every look at the pool: told once.
+    fn note_write(&mut self, problem: Option<String>) {
+        if let Some(problem) = problem.as_ref().filter(|_| self.write_error.is_none()) {
+            tracing::warn!("the pool's state cannot be changed: {problem}");
+        }
+        if problem.is_none() && self.write_error.is_some() {
+            tracing::info!("the pool's state can be changed again");
+        }
+        self.write_error = problem;
     }
 
     fn input(&mut self, input: Input) {
@@ -504,7 +519,10 @@ impl<'a> Life<'a> {
             machine: &self.machine,
             listening: &self.listening,
             watchdog: self.watchdog.as_ref(),
-            registry_error: self.registry_error.as_deref(),
+            registry_error: self
+                .registry_error
+                .as_deref()
+                .or(self.write_error.as_deref()),
             transport: &transport,
         });
     }

@@ -31,6 +31,7 @@ pub(in crate::daemon) use restarts::{put, spec_key};
 use super::Host;
 use super::claims::Claims;
 use super::config::{HostConfig, PoolConfig, RegistryConfig};
+use super::pair::LastHeard;
 use crate::api::pool::PoolStatus;
 use crate::beat::{
     GATEWAY_PERIOD_DEFAULT, GatewayConfig, GatewayProbe, PoolKeys, load_keys, next_incarnation,
@@ -91,6 +92,8 @@ struct Setup {
     claims: Claims,
     gate: Gate,
     vms: Weak<Host>,
+    /// Noted for a registry that must not call a host dead that is heard.
+    heard: LastHeard,
     shown: Arc<Shown>,
     restarts: Restarts,
     disks: Disks,
@@ -117,6 +120,7 @@ impl Membership {
         claims: Claims,
         gate: Gate,
         vms: Weak<Host>,
+        heard: LastHeard,
     ) -> anyhow::Result<Self> {
         gate.close("this host is not a member of its pool yet; see `pollux pool status`");
         let own = pool
@@ -170,6 +174,7 @@ impl Membership {
             gate,
             disks: Disks::start(vms.clone())?,
             vms,
+            heard,
             shown: Arc::clone(&shown),
             restarts,
         };
@@ -214,7 +219,7 @@ impl Membership {
     }
 }
 
-fn read_fencing(path: &std::path::Path) -> anyhow::Result<FenceConfig> {
+pub(in crate::daemon) fn read_fencing(path: &std::path::Path) -> anyhow::Result<FenceConfig> {
     let text = std::fs::read_to_string(path)
         .map_err(|e| anyhow::anyhow!("[pool] fencing: cannot read {}: {e}", path.display()))?;
     FenceConfig::parse(&text).map_err(|e| anyhow::anyhow!("{}: {e}", path.display()))

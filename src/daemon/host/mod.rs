@@ -13,6 +13,7 @@ use super::config::HostConfig;
 use super::ha::{Gate, Membership};
 use super::keys::KeyChange;
 use super::linktest::LinkTest;
+use super::pair::LastHeard;
 use super::partner::Partner;
 use super::registry;
 use super::store::Store;
@@ -93,7 +94,8 @@ impl Host {
             tracing::info!("a change of this host's key goes on: the next is {next}");
         }
         let keys = KeyChange::new(identity.fingerprint(), next);
-        let claims = Claims::start(registry::open(&config, &runtime)?)?;
+        let heard = LastHeard::default();
+        let claims = Claims::start(registry::open(&config, &runtime, &heard)?)?;
         let store = Store::open(&config.state_dir)?;
         let routes = Routes::default();
         let env = Arc::new(Env {
@@ -133,6 +135,7 @@ impl Host {
                 host.env.claims.clone(),
                 host.gate.clone(),
                 Arc::downgrade(&host),
+                heard,
             )?;
             let _ = host.membership.set(membership);
         }

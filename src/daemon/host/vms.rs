@@ -47,6 +47,7 @@ impl Host {
         while !self.env.routes.is_empty() && begun.elapsed() < END_DEADLINE {
             std::thread::sleep(END_POLL);
         }
+        self.env.claims.leave();
     }
 
     fn find(&self, name: &str) -> Result<(Arc<VmSpec>, Arc<Shared>), ApiError> {
