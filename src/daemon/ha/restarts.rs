@@ -559,6 +559,7 @@ mod tests {
             incarnation: Incarnation(1),
             standing,
             former: None,
+            watchdog: None,
         };
         let facts = HostFacts {
             name: host("b"),
