@@ -3,7 +3,7 @@
 //! next one begins with what the file says.
 
 use super::copy::{Owner, Standing};
-use super::core::{Answer, CallId, Core, Input, OrderId, Output, Select, SessionId, Why};
+use super::core::{Answer, CallId, Core, Fault, Input, OrderId, Output, Select, SessionId, Why};
 use super::judge::{Judge, Patience};
 use super::message::Message;
 use super::store::{Store, StoreError};
@@ -132,6 +132,8 @@ pub(super) struct Shell {
     changed: Arc<Changed>,
     shown: Option<Shown>,
     held_still: bool,
+    /// Why the newest session could not be.
+    fault: Option<Fault>,
     left: bool,
 }
 
@@ -177,6 +179,7 @@ impl Shell {
             changed,
             shown: None,
             held_still: false,
+            fault: None,
             left: false,
         })
     }
@@ -379,7 +382,10 @@ impl Shell {
                 }
             }
             Output::Hang(_, fault) => {
-                tracing::error!("no registry with {}: {fault}", self.partner);
+                // They try again and again; it is told once.
+                if self.fault.replace(fault) != Some(fault) {
+                    tracing::error!("no registry with {}: {fault}", self.partner);
+                }
                 self.hang();
             }
             Output::HangAll => self.hang(),
@@ -462,6 +468,7 @@ impl Shell {
                 );
             }
             Shown { linked: true, .. } => {
+                self.fault = None;
                 tracing::info!("in sync with {partner}: each change goes through both hosts");
             }
             _ => {
