@@ -17,7 +17,7 @@ pub struct PoolStatus {
     pub phase: String,
     /// Why it stops, stopped or failed.
     pub why: Option<String>,
-    /// Whether it may give others up: a member that a voter has admitted, that is bound by no promise,
+    /// Whether it may give others up: a member that a voter has seen join, that is bound by no promise,
     /// and that has listened for long enough to call one silent.
     pub judges: bool,
     /// How long it may go on without a further word, milliseconds.

@@ -202,6 +202,10 @@ pub struct Machine {
     /// A write whose fate is unknown: the version that it expected.
     doubt: Option<u64>,
     pact: Pact,
+    /// The first version that showed this life as a member.
+    joined_at: Option<u64>,
+    /// Whether a voter has seen it join.
+    seen: bool,
     /// When the newest successful read began, or this life did.
     registry_at: Millis,
     oustings: Oustings,
@@ -227,6 +231,8 @@ impl Machine {
             writing: None,
             doubt: None,
             pact: Pact::default(),
+            joined_at: None,
+            seen: false,
             registry_at: now,
             oustings: Oustings::default(),
             told_restart: BTreeSet::new(),
@@ -357,6 +363,7 @@ impl Machine {
                 age: self.read_at.map(|at| now.since(at)),
                 version: match &self.state {
                     _ if doubt => IN_DOUBT,
+                    Some(state) if self.pact.hides(state.version) => IN_DOUBT,
                     Some(state) => state.version,
                     None => IN_DOUBT,
                 },
@@ -389,8 +396,20 @@ impl Machine {
             self.lease.vouched(*seq);
         }
         self.pact.heard(&report);
+        self.be_seen(&report);
         self.contacts.heard(now, path, report);
         self.hear_word();
+    }
+
+    /// A voter says that it knows a state in which this host is a member; see [`super::pact`].
+    fn be_seen(&mut self, report: &Report) {
+        let (Some(state), Some(joined)) = (&self.state, self.joined_at) else {
+            return;
+        };
+        let version = report.registry.version;
+        self.seen |= state.value.is_voter(report.host, report.incarnation)
+            && version >= joined
+            && version != IN_DOUBT;
     }
 
     /// What others say may be an acknowledgement of a promise, or a word to go on by.
@@ -456,7 +475,7 @@ impl Machine {
     pub fn may_give_up(&self) -> bool {
         let (me, life) = (self.config.me, self.config.incarnation);
         let may = |state: &Versioned<PoolState>| {
-            state.value.is_voter(me, life) || state.value.is_orphaned()
+            self.seen || state.value.is_voter(me, life) || state.value.is_orphaned()
         };
         let joiner = sabotaged(Bug::JoinerDecides);
         self.state.as_ref().is_some_and(may) && !self.pact.binds() || joiner
@@ -528,7 +547,10 @@ impl Machine {
         self.pact.follow(&found.value);
         let (me, life) = (self.config.me, self.config.incarnation);
         match found.value.standing(me, life) {
-            Some(Standing::In) | None => {}
+            None => {}
+            Some(Standing::In) => {
+                self.joined_at.get_or_insert(found.version);
+            }
             Some(out) => {
                 self.lease.revoke();
                 let newest = found.value.decisions.iter().rev();

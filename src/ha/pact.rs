@@ -1,8 +1,11 @@
 //! Going on when the registry is lost whole: the word of the others, and promises.
 //!
-//! The **voters** of a pool state are the lives that may give members up: who joins is admitted
-//! by a voter's write ([`PoolState::admit`]). A host H that is in at version V goes on without
-//! the registry by a report s of its own if of **every other voter D** it knows that D gives H up
+//! The **voters** of a pool state are those by whose majority the pool goes on without the
+//! registry. Who joins may give members up once a voter has seen it join, in a report, and is
+//! made a voter with the next write of one that may ([`PoolState::admit`]).
+//!
+//! A host H that is in at version V goes on without the registry by a report s of its own if of
+//! **every other life D that may act** at V ([`PoolState::may_act`]) it knows that D gives H up
 //! after s was sent, if ever:
 //!
 //! - **D's own word**: D has heard s, knows no newer version than V, and has no write under way
@@ -14,27 +17,30 @@
 //! voters lives.
 //!
 //! # Promises
-//! A voter that has not read the registry for [`Timing::registry_lost`] promises, in each report,
+//! A member that has not read the registry for [`Timing::registry_lost`] promises, in each report,
 //! with no write under way or in doubt: for [`Timing::promise`] (P) from now, by its clock, it
-//! gives nobody up and admits nobody. While any promise binds it, the newest report of its own
-//! that a majority of the voters has heard must have been sent less than one lease (L, shorter
-//! than P) ago; else it stops, for good in this life, also if the registry is back.
+//! gives nobody up, admits nobody, and does not say that it knows a newer version. While any
+//! promise binds it, the newest report of its own that a majority of the voters has heard must
+//! have been sent less than one lease (L, shorter than P) ago; else it stops, for good in this
+//! life, also if the registry is back.
 //!
 //! # Why a majority's word is enough
 //! Let H go on by report s, and by the word of a majority M for D. Each of M said so after s was
-//! sent. Let q be the newest promise of D that any of M had heard. Suppose D gives H up, or
-//! admits somebody who does, at C before s was sent. At q it knew no newer version than V and had
-//! nothing under way, and the promise binds it for P: C is later than q + P. By then D had
-//! stopped for good, at q + L, unless a majority had acknowledged a report later than q before
-//! C. Any two majorities share a voter, and that one, when it spoke for M after C, had heard of
-//! D something newer than q. That is a contradiction, so C is later than s, and the argument of
-//! the lease holds.
+//! sent. Let q be the newest promise of D that any of M had heard. Suppose D gives H up, admits
+//! somebody, or says that it knows a newer version, at C before s was sent. At q it knew no newer
+//! version than V and had nothing under way, and the promise binds it for P: C is later than
+//! q + P. By then D had stopped for good, at q + L, unless a majority had acknowledged a report
+//! later than q before C. Any two majorities share a voter, and that one, when it spoke for M
+//! after C, had heard of D something newer than q. That is a contradiction, so C is later than s,
+//! and the argument of the lease holds.
 //!
-//! One that is no voter gives nobody up, until a voter has admitted it, so the voters' word is
-//! enough. The exception is a pool whose voters' lives are over, but for a minority
-//! ([`PoolState::is_orphaned`]): a minority goes on by nobody's word, so then any member may
-//! decide, and the next write makes the members the voters. That a life is over may be known by
-//! its farewell, so who said farewell has no word for itself or others; its promise lasts.
+//! One that joined after V gives H up only after a voter of V said that it knows a newer version,
+//! or wrote one; both are later than s. The exception is a pool whose voters' lives are over, but
+//! for a minority ([`PoolState::is_orphaned`]): then any member may decide, and the next write
+//! makes the members the voters. H, at a V that was not orphaned, needs the word of one whose life
+//! is over by then, so it goes on by no report that was sent later. That a life is over may be
+//! known by its farewell, so who said farewell has no word for itself or others; its promise
+//! lasts.
 //!
 //! Must never: promise with a write under way or in doubt, count a stopped lease anew after a
 //! broken promise.
@@ -95,7 +101,13 @@ impl Own<'_> {
         (speaks && heard.incarnation == self.me.1).then_some((*report, heard.seq))
     }
 
+    /// All others that may act.
     fn others(&self) -> impl Iterator<Item = (HostId, Incarnation)> {
+        let lives = self.state.value.may_act();
+        lives.filter(|(host, _)| *host != self.me.0)
+    }
+
+    fn voters(&self) -> impl Iterator<Item = (HostId, Incarnation)> {
         let voters = self.state.value.voters.iter().map(|(h, l)| (*h, *l));
         voters.filter(|(host, _)| *host != self.me.0)
     }
@@ -142,12 +154,12 @@ impl Pact {
             .retain(|(host, life), _| state.is_voter(*host, *life) || newest[host] == *life);
     }
 
-    /// Voters whose newest word here is a promise at the version of this host.
+    /// Who may act and whose newest word here is a promise at the version of this host.
     pub(super) fn promised(&self, state: &Versioned<PoolState>) -> BTreeSet<HostId> {
-        let voters = state.value.voters.iter();
-        voters
-            .filter(|(host, life)| self.has_promised(state.version, **host, **life))
-            .map(|(host, _)| *host)
+        let lives = state.value.may_act();
+        lives
+            .filter(|(host, life)| self.has_promised(state.version, *host, *life))
+            .map(|(host, _)| host)
             .collect()
     }
 
@@ -160,14 +172,14 @@ impl Pact {
     /// To be asked with no write under way or in doubt.
     pub(super) fn goes_on_by(&self, own: Own<'_>, newest: Seq) -> Option<Seq> {
         let Versioned { version, value } = own.state;
-        if !value.is_in(own.me.0, own.me.1) || value.voters.is_empty() {
+        if !value.is_in(own.me.0, own.me.1) || value.is_orphaned() {
             return None;
         }
         let mut by = newest;
         for (host, life) in own.others() {
             let word = own.says(host, life);
             let word = word.filter(|(report, _)| report.registry.version <= *version);
-            let for_it = own.others().filter(|other| other.0 != host);
+            let for_it = own.voters().filter(|other| other.0 != host);
             let for_it = for_it.filter_map(|(other, life)| {
                 let (report, seq) = own.says(other, life)?;
                 let registry = &report.registry;
@@ -195,8 +207,9 @@ impl Pact {
             .promise
             .as_ref()
             .is_some_and(|promise| promise.version != own.state.version);
+        let is_in = own.state.value.is_in(own.me.0, own.me.1);
         // Of two voters neither is a majority: promises serve nobody.
-        if !own.is_voter() || own.state.value.voters.len() < 3 || binds_elsewhere {
+        if !is_in || own.state.value.voters.len() < 3 || binds_elsewhere {
             return;
         }
         if self.promise.is_none() {
@@ -253,8 +266,9 @@ impl Pact {
             })
             .collect();
         seqs.sort_unstable_by(|a, b| b.cmp(a));
-        // This host and so many others are a majority.
-        let others = promise.voters.len() / 2;
+        // So many others are a majority, with this host if it votes.
+        let votes = promise.voters.get(&me.0) == Some(&me.1);
+        let others = promise.voters.len() / 2 + usize::from(!votes);
         let newest = others.checked_sub(1).and_then(|n| seqs.get(n));
         if let Some(at) = newest.and_then(|seq| sent(*seq)) {
             promise.acknowledged = promise.acknowledged.max(at);
@@ -275,6 +289,12 @@ impl Pact {
             self.promise = None;
         }
         true
+    }
+
+    /// Whether a promise forbids to say that this version is known.
+    pub(super) fn hides(&self, version: u64) -> bool {
+        let promise = self.promise.as_ref();
+        promise.is_some_and(|promise| promise.version < version)
     }
 
     /// Whether a promise binds this host.

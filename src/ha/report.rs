@@ -82,7 +82,7 @@ pub struct RegistryView {
     pub vouches: BTreeMap<HostId, (Incarnation, Seq)>,
     /// It promises to give nobody up; see [`super::pact`].
     pub promise: bool,
-    /// The voters of that version whose newest word here is a promise at that version.
+    /// The members at that version whose newest word here is a promise at that version.
     pub promised: BTreeSet<HostId>,
 }
 

@@ -239,11 +239,22 @@ impl PoolState {
     /// by their word, and any member may give others up.
     #[must_use]
     pub fn is_orphaned(&self) -> bool {
-        let may_live = self.voters.iter().filter(|(host, life)| {
-            let standing = self.standing(**host, **life);
-            matches!(standing, Some(Standing::In | Standing::Ousted))
-        });
+        let voters = self.voters.iter();
+        let may_live = voters.filter(|(host, life)| self.may_live(**host, **life));
         !self.is_quorum(may_live.count())
+    }
+
+    fn may_live(&self, host: HostId, life: Incarnation) -> bool {
+        let standing = self.standing(host, life);
+        matches!(standing, Some(Standing::In | Standing::Ousted))
+    }
+
+    /// The lives that may give a member up: those that are in, and voters that may still live.
+    pub fn may_act(&self) -> impl Iterator<Item = (HostId, Incarnation)> {
+        let lives = self.members.iter().map(|(host, m)| (*host, m.incarnation));
+        lives.filter(|(host, life)| {
+            self.is_in(*host, *life) || self.is_voter(*host, *life) && self.may_live(*host, *life)
+        })
     }
 
     /// Whether each member is a voter, and nobody else.

@@ -601,7 +601,7 @@ fn a_part_of_a_pool_that_lost_power_whole_goes_on_without_the_rest() {
 }
 
 #[test]
-fn who_joined_gives_nobody_up_before_a_voter_has_admitted_it() {
+fn who_joined_gives_nobody_up_before_a_voter_has_seen_it_join() {
     let mut world = World::formed(3);
     let voters = |w: &World| w.state().voters.len();
     assert_eq!(voters(&world), 3);
@@ -610,10 +610,36 @@ fn who_joined_gives_nobody_up_before_a_voter_has_admitted_it() {
     world.start(2);
     world.until("it joins", 20_000, |w| w.members() == [0, 1, 2]);
     let life = world.hosts[2].life;
-    let joined = world.hosts[2].machine.as_ref().unwrap();
-    assert!(!joined.may_give_up() && voters(&world) == 2);
+    let may = |w: &World| {
+        w.hosts[2]
+            .machine
+            .as_ref()
+            .is_some_and(Machine::may_give_up)
+    };
+    assert!(!may(&world) && voters(&world) == 2);
+    world.until("it is seen", 1_000, may);
+    assert_eq!(voters(&world), 2);
     world.until("it is admitted", 3_000, |w| voters(w) == 3);
     assert!(world.state().is_voter(HostId(2), Incarnation(life)));
+}
+
+#[test]
+fn a_founder_that_dies_before_it_has_admitted_the_others_is_given_up() {
+    let mut world = World::new(3);
+    world.until("all are in", 15_000, |w| w.members() == [0, 1, 2]);
+    let may = |n: usize| {
+        move |w: &World| {
+            w.hosts[n]
+                .machine
+                .as_ref()
+                .is_some_and(Machine::may_give_up)
+        }
+    };
+    world.until("one is seen", 1_000, |w| may(1)(w) || may(2)(w));
+    assert_eq!(world.state().voters.len(), 1);
+    world.crash(0);
+    world.until("may restart", 16_000, |w| !w.may_restart.is_empty());
+    assert_eq!(world.state().voters.len(), 2);
 }
 
 #[test]
