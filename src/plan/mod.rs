@@ -20,4 +20,7 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod layout;
 pub mod model;
+pub mod pack;
+pub mod sets;

@@ -5,7 +5,7 @@ use super::{
     Rule, VMS_MAX, Vm,
 };
 use crate::pool::HostName;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 /// One thing that does not hold.
@@ -25,16 +25,16 @@ impl fmt::Display for Fault {
 
 struct Check<'a> {
     pool: &'a Pool,
-    hosts: HashMap<&'a str, &'a Host>,
-    vms: HashMap<&'a str, usize>,
+    hosts: BTreeMap<&'a str, &'a Host>,
+    vms: BTreeMap<&'a str, usize>,
     faults: Vec<Fault>,
 }
 
 pub(super) fn faults(pool: &Pool) -> Vec<Fault> {
     let mut check = Check {
         pool,
-        hosts: HashMap::new(),
-        vms: HashMap::new(),
+        hosts: BTreeMap::new(),
+        vms: BTreeMap::new(),
         faults: Vec::new(),
     };
     check.sizes();
@@ -259,7 +259,7 @@ impl<'a> Check<'a> {
     fn groups(&mut self) {
         let pool = self.pool;
         let mut names = BTreeSet::new();
-        let mut together: HashMap<&str, &str> = HashMap::new();
+        let mut together: BTreeMap<&str, &str> = BTreeMap::new();
         for group in &pool.groups {
             let entry = format!("group `{}`", group.name);
             if !names.insert(&group.name) {
@@ -350,8 +350,8 @@ impl<'a> Check<'a> {
 
 pub(super) fn remarks(pool: &Pool) -> Vec<String> {
     let mut out = Vec::new();
-    let hosts: HashMap<&str, &Host> = pool.hosts.iter().map(|h| (h.name.as_str(), h)).collect();
-    let mut used: HashMap<&str, (u64, u64)> = HashMap::new();
+    let hosts: BTreeMap<&str, &Host> = pool.hosts.iter().map(|h| (h.name.as_str(), h)).collect();
+    let mut used: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
     for vm in &pool.vms {
         for host in [vm.host.as_ref(), vm.standby.as_ref()]
             .into_iter()
