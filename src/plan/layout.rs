@@ -48,6 +48,10 @@ pub enum Scope {
 pub struct Running {
     /// Its place in the pool's list.
     pub vm: usize,
+    /// Its name.
+    pub name: String,
+    /// Lower ones matter more: priority, then order.
+    pub class: (Priority, u32),
     /// What it takes.
     pub need: Vector,
     /// Where it runs.
@@ -198,6 +202,8 @@ impl Layout {
             });
             running.push(Running {
                 vm: index,
+                name: vm.name.clone(),
+                class: (vm.priority, vm.order),
                 need,
                 host,
                 standby,

@@ -20,7 +20,12 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod certificate;
+pub mod choose;
 pub mod layout;
 pub mod model;
 pub mod pack;
+pub mod random;
 pub mod sets;
+pub mod tolerance;
+pub mod verify;

@@ -142,6 +142,13 @@ impl Scratch {
         fits
     }
 
+    /// Whether a piece may go to a bin, and has room there.
+    pub(super) fn takes(&self, problem: &Problem, piece: usize, bin: usize) -> bool {
+        let need = &problem.pieces[piece].need;
+        self.open(problem, piece) >> bin & 1 == 1
+            && (0..problem.dims).all(|k| self.room[bin][k] >= need[k])
+    }
+
     /// The fullest bin that takes a piece.
     pub(super) fn fullest(&self, problem: &Problem, piece: usize) -> Option<u8> {
         self.choose(problem, piece, Rule::Best)

@@ -49,6 +49,9 @@ pub(super) fn continue_from(
     mut left: Vec<usize>,
     rounds: u64,
 ) -> bool {
+    if problem.bins.is_empty() {
+        return left.is_empty();
+    }
     let mut chance = Chance(0x5eed);
     let mut still_until = vec![0_u64; problem.pieces.len()];
     for round in 1..=rounds {
@@ -113,7 +116,7 @@ fn push_out(
     let mut room = scratch.room[usize::from(bin)];
     let mut out = Vec::new();
     let mut inside: Vec<usize> = Vec::new();
-    for other in 0..problem.pieces.len() {
+    for (other, until) in still_until.iter().enumerate() {
         if scratch.bin_of[other] != bin {
             continue;
         }
@@ -127,7 +130,7 @@ fn push_out(
                 *room += need;
             }
             out.push(other);
-        } else if still_until[other] < round {
+        } else if *until < round {
             inside.push(other);
         }
     }

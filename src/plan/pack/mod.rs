@@ -144,6 +144,27 @@ pub fn decide(problem: &Problem, scratch: &mut Scratch, steps: u64) -> Verdict {
     }
 }
 
+/// Place anew what was placed before: `hints` has the host of each slot that has one. What does
+/// not fit any more, and what is new, is placed by repair.
+pub fn again(problem: &Problem, scratch: &mut Scratch, hints: &[u8]) -> Option<Box<[u8]>> {
+    scratch.reset(problem);
+    let mut left = Vec::new();
+    for (n, piece) in problem.pieces.iter().enumerate() {
+        let bin = problem
+            .bins
+            .iter()
+            .position(|host| hints.get(piece.slot as usize) == Some(host));
+        match bin {
+            Some(bin) if scratch.takes(problem, n, bin) => {
+                scratch.put(problem, n, u8::try_from(bin).unwrap_or(u8::MAX));
+            }
+            _ => left.push(n),
+        }
+    }
+    let rounds = mend::rounds(problem) / 4;
+    mend::continue_from(problem, scratch, left, rounds).then(|| problem.answer(&scratch.bin_of))
+}
+
 /// All of it.
 pub fn solve(problem: &Problem, scratch: &mut Scratch, steps: u64) -> Verdict {
     match quick(problem, scratch) {
@@ -153,4 +174,4 @@ pub fn solve(problem: &Problem, scratch: &mut Scratch, steps: u64) -> Verdict {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -46,16 +46,16 @@ pub(crate) fn brute(problem: &Problem) -> bool {
             {
                 continue;
             }
-            for k in 0..DIMS_MAX {
-                room[bin][k] -= piece.need[k];
+            for (room, need) in room[bin].iter_mut().zip(piece.need) {
+                *room -= need;
             }
             at.push((piece.slot, bin));
             if go(problem, n + 1, room, at) {
                 return true;
             }
             at.pop();
-            for k in 0..DIMS_MAX {
-                room[bin][k] += piece.need[k];
+            for (room, need) in room[bin].iter_mut().zip(piece.need) {
+                *room += need;
             }
         }
         false
@@ -73,8 +73,8 @@ pub(crate) fn holds(problem: &Problem, hosts: &[u8]) {
     for piece in &problem.pieces {
         let at = bin(piece.slot);
         assert!(piece.fits >> at & 1 == 1);
-        for k in 0..DIMS_MAX {
-            room[at][k] = room[at][k].checked_sub(piece.need[k]).expect("overfull");
+        for (room, need) in room[at].iter_mut().zip(piece.need) {
+            *room = room.checked_sub(need).expect("overfull");
         }
     }
     for (a, b) in &problem.rivals {
