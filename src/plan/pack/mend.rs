@@ -18,8 +18,18 @@ pub(super) fn rounds(problem: &Problem) -> u64 {
     40 * problem.pieces.len() as u64 + 200
 }
 
-struct Chance(u64);
+/// A source of chance with a fixed seed.
+pub(super) struct Chance(u64);
 impl Chance {
+    pub(super) const fn new() -> Self {
+        Self(0x5eed)
+    }
+
+    /// A number below `n`.
+    pub(super) fn below(&mut self, n: u64) -> usize {
+        usize::try_from(self.next() % n.max(1)).unwrap_or(0)
+    }
+
     /// SplitMix64 (Steele, Lea, Flood 2014).
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -52,7 +62,7 @@ pub(super) fn continue_from(
     if problem.bins.is_empty() {
         return left.is_empty();
     }
-    let mut chance = Chance(0x5eed);
+    let mut chance = Chance::new();
     let mut still_until = vec![0_u64; problem.pieces.len()];
     for round in 1..=rounds {
         // The pieces are sorted hardest first.

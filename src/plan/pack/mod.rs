@@ -1,13 +1,14 @@
 //! One set of failures: do the lost VMs fit on the survivors, and where? Exact.
 //!
-//! Cheap accepts first ([`greedy`]), then cheap refusals ([`bound`]), then a repair of the best
-//! that the accepts reached ([`mend`]), and only for what is still open the [`exact`] search.
+//! Cheap accepts first ([`greedy`]), then cheap refusals ([`bound`]), then accepts that take longer
+//! ([`fill`], [`mend`]), and only for what is still open the [`exact`] search.
 //!
 //! Must never: return a placement that breaks a room, or refuse what has one. Accepts are
 //! checked by construction; refusals are theorems whose numbers are in [`Bound`].
 
 pub mod bound;
 pub mod exact;
+pub mod fill;
 pub mod greedy;
 pub mod mend;
 
@@ -134,7 +135,7 @@ pub fn decide(problem: &Problem, scratch: &mut Scratch, steps: u64) -> Verdict {
     if let Some(bound) = bound::refuse(problem) {
         return Verdict::Refused(bound);
     }
-    if mend::mend(problem, scratch, mend::rounds(problem)) {
+    if fill::fill(problem, scratch) || mend::mend(problem, scratch, mend::rounds(problem)) {
         return Verdict::Fits(problem.answer(&scratch.bin_of));
     }
     match exact::search(problem, steps) {

@@ -100,6 +100,10 @@ fn agrees(problem: &Problem) -> bool {
         assert!(truth);
         holds(problem, &hosts);
     }
+    if fill::fill(problem, &mut scratch) {
+        assert!(truth);
+        holds(problem, &problem.answer(&scratch.bin_of));
+    }
     if mend::mend(problem, &mut scratch, 50) {
         assert!(truth);
         holds(problem, &problem.answer(&scratch.bin_of));

@@ -51,6 +51,8 @@ impl Checker {
             problem: Problem::default(),
             scratch: Scratch::default(),
             at: vec![NONE; old.running.len()],
+            row: Vec::new(),
+            places: Vec::new(),
         };
         let dims = self.layout.dims.len();
         for set in 0..self.sets.len() {
@@ -79,8 +81,15 @@ impl Checker {
                 continue;
             }
             self.looked += 1;
-            if short != 0 && !self.layout.constrained && self.relieve(set, short) {
-                continue;
+            if !self.layout.constrained {
+                let done = if touched {
+                    self.carry_over(set, old, change, &mut kit)
+                } else {
+                    self.relieve(set, short)
+                };
+                if done {
+                    continue;
+                }
             }
             if let Some(outcome) = self.place_again(set, old, change, &mut kit) {
                 self.outcome = outcome;
@@ -89,6 +98,59 @@ impl Checker {
                 return;
             }
         }
+    }
+
+    /// A set whose lost VMs changed: those that stay lost keep their places, new ones go to where
+    /// the most is left. False if that does not fit as it is; places and rest are then as before.
+    fn carry_over(&mut self, set: usize, old: &Layout, change: &Change, kit: &mut Kit) -> bool {
+        let dims = self.layout.dims.len();
+        let dead = self.layout.dead(self.sets[set]);
+        for (at, host) in old.lost(dead).zip(&self.places[set]) {
+            kit.at[at as usize] = *host;
+        }
+        kit.row.clear();
+        for free in &self.layout.free {
+            kit.row.extend_from_slice(&free[..dims]);
+        }
+        kit.places.clear();
+        let mut fits = true;
+        for at in self.layout.lost(dead) {
+            let host = change.before[at as usize].map_or(NONE, |old| kit.at[old as usize]);
+            kit.places.push(host);
+            if host != NONE {
+                fits &= take(
+                    &mut kit.row,
+                    dims,
+                    host,
+                    &self.layout.running[at as usize].need,
+                );
+            }
+        }
+        for at in old.lost(dead) {
+            kit.at[at as usize] = NONE;
+        }
+        for (slot, at) in self.layout.lost(dead).enumerate() {
+            if !fits {
+                return false;
+            }
+            if kit.places[slot] == NONE {
+                let need = &self.layout.running[at as usize].need;
+                let to = members(self.layout.targets & !dead)
+                    .filter(|to| (0..dims).all(|k| kit.row[to * dims + k] >= need[k]))
+                    .max_by_key(|to| kit.row[to * dims]);
+                let Some(to) = to.and_then(|to| u8::try_from(to).ok()) else {
+                    return false;
+                };
+                kit.places[slot] = to;
+                fits = take(&mut kit.row, dims, to, need);
+            }
+        }
+        if fits {
+            let range = self.range(set);
+            self.left[range].copy_from_slice(&kit.row);
+            self.places[set] = kit.places.as_slice().into();
+        }
+        fits
     }
 
     /// Move VMs off the hosts that are short in a set, to others with room.
@@ -103,28 +165,27 @@ impl Checker {
             let Some(from) = members(short).next() else {
                 return true;
             };
-            let mut best: Option<(u64, usize, u32)> = None;
+            let mut best: Option<(u64, usize, usize, &Vector)> = None;
             for (slot, at) in layout.lost(dead).enumerate() {
                 if usize::from(places[slot]) != from {
                     continue;
                 }
-                // The smallest that is enough, or else the largest.
+                // The smallest that is enough, or else the largest that has somewhere to go.
                 let need = &layout.running[at as usize].need;
                 let enough = (0..dims)
                     .all(|k| row[from * dims + k].wrapping_add(need[k]) <= layout.free[from][k]);
                 let score = if enough { need[0] } else { u64::MAX - need[0] };
-                if best.is_none_or(|(least, ..)| score < least) {
-                    best = Some((score, slot, at));
+                if best.is_some_and(|(least, ..)| score >= least) {
+                    continue;
+                }
+                let to = members(layout.targets & !dead & !short)
+                    .filter(|to| (0..dims).all(|k| row[to * dims + k] >= need[k]))
+                    .max_by_key(|to| row[to * dims]);
+                if let Some(to) = to {
+                    best = Some((score, slot, to, need));
                 }
             }
-            let Some((_, slot, at)) = best else {
-                return false;
-            };
-            let need = layout.running[at as usize].need;
-            let to = members(layout.targets & !dead & !short)
-                .filter(|to| (0..dims).all(|k| row[to * dims + k] >= need[k]))
-                .max_by_key(|to| row[to * dims]);
-            let Some(to) = to else {
+            let Some((_, slot, to, need)) = best else {
                 return false;
             };
             for k in 0..dims {
@@ -184,11 +245,24 @@ impl Checker {
     }
 }
 
+/// Take a need off what is left on a host; false if it was not there.
+fn take(row: &mut [u64], dims: usize, host: u8, need: &Vector) -> bool {
+    let left = &mut row[usize::from(host) * dims..][..dims];
+    let mut fits = true;
+    for (left, need) in left.iter_mut().zip(need) {
+        fits &= *left >= *need;
+        *left = left.wrapping_sub(*need);
+    }
+    fits
+}
+
 struct Kit {
     problem: Problem,
     scratch: Scratch,
     /// Per VM of the old layout: where it was placed.
     at: Vec<u8>,
+    row: Vec<u64>,
+    places: Vec<u8>,
 }
 
 /// The difference; none if the shape differs and all has to be proven anew.

@@ -347,7 +347,7 @@ fn a_certificate_that_was_tampered_with_is_found_out() {
         })
         .contains("twice")
     );
-    assert!(spoil(&|c| c.sets[of_zero].restarts[0].1 = 9).contains("does not list"));
+    assert!(spoil(&|c| c.sets[of_zero].restarts[0].1 = 9).contains("does not have"));
 }
 
 /// The cells of docs/planner.md: of random pools, all that are safe are accepted, and no other.
