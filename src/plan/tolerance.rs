@@ -17,8 +17,8 @@ mod update;
 
 /// Steps of the exact search per set in the first round, where any set may still be the bad one.
 const FIRST_STEPS: u64 = 2_000;
-/// Numbers that are kept of what is left where: 64 MiB. Beyond, an update proves all anew.
-const LEFT_MAX: usize = 8 << 20;
+/// Numbers that are kept of what is placed where: 64 MiB. Beyond, an update proves all anew.
+const LOAD_MAX: usize = 8 << 20;
 
 /// How much may be spent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +101,10 @@ pub struct Checker {
     layout: Layout,
     sets: Vec<HostSet>,
     places: Vec<Box<[u8]>>,
-    left: Vec<u64>,
+    /// Per set, host and dimension: what its placement puts there.
+    load: Vec<u64>,
+    /// Per host and dimension: no set puts more there.
+    load_most: Vec<u64>,
     outcome: Outcome,
     /// Sets that were looked at in the newest proof or update.
     looked: usize,
@@ -125,7 +128,8 @@ impl Checker {
             layout: Layout::new(pool, scope),
             sets: Vec::new(),
             places: Vec::new(),
-            left: Vec::new(),
+            load: Vec::new(),
+            load_most: Vec::new(),
             outcome: Outcome::Survives,
             looked: 0,
             tightest: None,
@@ -189,7 +193,7 @@ impl Checker {
 
     fn prove(&mut self, runner: &dyn Runner) {
         self.places.clear();
-        self.left.clear();
+        self.load.clear();
         self.sets.clear();
         self.tightest = None;
         let count = sets::count(&self.layout, self.r);
@@ -209,7 +213,7 @@ impl Checker {
             _ => self.place_all(runner),
         };
         if self.outcome == Outcome::Survives {
-            self.keep_left();
+            self.keep_loads();
         } else {
             self.places.clear();
         }
@@ -336,7 +340,7 @@ impl Checker {
         }
     }
 
-    /// Numbers per set in `left`.
+    /// Numbers per set in `load`.
     fn stride(&self) -> usize {
         self.layout.hosts.len() * self.layout.dims.len()
     }
@@ -345,33 +349,34 @@ impl Checker {
         set * self.stride()..(set + 1) * self.stride()
     }
 
-    fn keep_left(&mut self) {
+    fn keep_loads(&mut self) {
         let numbers = self.sets.len() * self.stride();
-        self.left.clear();
-        if numbers > LEFT_MAX {
+        self.load.clear();
+        self.load_most = vec![0; self.stride()];
+        if numbers > LOAD_MAX {
             return;
         }
-        self.left.reserve_exact(numbers);
-        let dims = self.layout.dims.len();
+        self.load.resize(numbers, 0);
         for set in 0..self.sets.len() {
-            for free in &self.layout.free {
-                self.left.extend_from_slice(&free[..dims]);
-            }
-            self.spend(set);
+            self.count_load(set);
         }
     }
 
-    /// Subtract what the placement of a set takes from its row of `left`.
-    fn spend(&mut self, set: usize) {
+    /// Count what the placement of a set puts where.
+    fn count_load(&mut self, set: usize) {
         let dims = self.layout.dims.len();
         let range = self.range(set);
         let dead = self.layout.dead(self.sets[set]);
-        let row = &mut self.left[range];
+        let row = &mut self.load[range];
+        row.fill(0);
         for (at, host) in self.layout.lost(dead).zip(&self.places[set]) {
             let need = &self.layout.running[at as usize].need;
             for k in 0..dims {
-                row[usize::from(*host) * dims + k] -= need[k];
+                row[usize::from(*host) * dims + k] += need[k];
             }
+        }
+        for (most, load) in self.load_most.iter_mut().zip(row) {
+            *most = (*most).max(*load);
         }
     }
 }

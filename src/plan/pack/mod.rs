@@ -162,7 +162,8 @@ pub fn again(problem: &Problem, scratch: &mut Scratch, hints: &[u8]) -> Option<B
             _ => left.push(n),
         }
     }
-    let rounds = mend::rounds(problem) / 4;
+    // Few: where much has to be moved, packing anew is quicker.
+    let rounds = 16 + left.len() as u64 * 4;
     mend::continue_from(problem, scratch, left, rounds).then(|| problem.answer(&scratch.bin_of))
 }
 

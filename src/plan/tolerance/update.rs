@@ -17,8 +17,8 @@ const NONE: u8 = u8::MAX;
 struct Change {
     /// Hosts whose list of VMs differs: what is lost with them does.
     lists: HostSet,
-    /// Hosts with more or less room: (host, before, now).
-    rooms: Vec<(usize, Vector, Vector)>,
+    /// Hosts with less room.
+    shrunk: HostSet,
     /// Per VM of the new layout: its place in the old one.
     before: Vec<Option<u32>>,
 }
@@ -32,7 +32,7 @@ impl Checker {
     /// As [`Checker::update`]; if all has to be proven anew, on a runner.
     pub fn update_on(&mut self, runner: &dyn Runner, pool: &Pool) -> &Outcome {
         let new = Layout::new(pool, self.scope);
-        let change = if self.outcome == Outcome::Survives && !self.left.is_empty() {
+        let change = if self.outcome == Outcome::Survives && !self.load.is_empty() {
             difference(&self.layout, &new)
         } else {
             None
@@ -55,99 +55,86 @@ impl Checker {
             places: Vec::new(),
         };
         let dims = self.layout.dims.len();
+        // Hosts with less room than some set counts on.
+        let tight: Vec<usize> = members(change.shrunk)
+            .filter(|host| {
+                let free = &self.layout.free[*host];
+                (0..dims).any(|k| self.load_most[host * dims + k] > free[k])
+            })
+            .collect();
         for set in 0..self.sets.len() {
             let dead = self.layout.dead(self.sets[set]);
             let touched = dead & change.lists != 0;
-            let mut short: HostSet = 0;
             if !touched {
-                let base = set * self.stride();
-                for (host, before, now) in &change.rooms {
-                    let row = &mut self.left[base + host * dims..][..dims];
-                    if dead >> host & 1 == 1 {
-                        // What is left on a dead host is of no use, and is kept exact.
-                        row.copy_from_slice(&now[..dims]);
-                        continue;
-                    }
-                    for k in 0..dims {
-                        // Below zero it wraps around, and comes back when the set is mended.
-                        row[k] = row[k].wrapping_add(now[k]).wrapping_sub(before[k]);
-                        if row[k] > now[k] {
-                            short |= 1 << host;
-                        }
-                    }
+                let row = &self.load[self.range(set)];
+                let short = (tight.iter())
+                    .filter(|host| {
+                        let free = &self.layout.free[**host];
+                        (0..dims).any(|k| row[**host * dims + k] > free[k])
+                    })
+                    .fold(0, |short: HostSet, host| short | 1 << host);
+                if short == 0 {
+                    continue;
                 }
-            }
-            if !touched && short == 0 {
-                continue;
-            }
-            self.looked += 1;
-            if !self.layout.constrained {
-                let done = if touched {
-                    self.carry_over(set, old, change, &mut kit)
-                } else {
-                    self.relieve(set, short)
-                };
-                if done {
+                self.looked += 1;
+                if !self.layout.constrained && self.relieve(set, short) {
+                    continue;
+                }
+            } else {
+                self.looked += 1;
+                if !self.layout.constrained && self.carry_over(set, old, change, &mut kit) {
                     continue;
                 }
             }
             if let Some(outcome) = self.place_again(set, old, change, &mut kit) {
                 self.outcome = outcome;
                 self.places.clear();
-                self.left.clear();
+                self.load.clear();
                 return;
             }
         }
     }
 
     /// A set whose lost VMs changed: those that stay lost keep their places, new ones go to where
-    /// the most is left. False if that does not fit as it is; places and rest are then as before.
+    /// the most is left. False if that does not fit as it is; nothing is changed then.
     fn carry_over(&mut self, set: usize, old: &Layout, change: &Change, kit: &mut Kit) -> bool {
         let dims = self.layout.dims.len();
         let dead = self.layout.dead(self.sets[set]);
-        for (at, host) in old.lost(dead).zip(&self.places[set]) {
-            kit.at[at as usize] = *host;
-        }
+        kit.remember(old.lost(dead), &self.places[set]);
         kit.row.clear();
-        for free in &self.layout.free {
-            kit.row.extend_from_slice(&free[..dims]);
-        }
+        kit.row.resize(self.stride(), 0);
         kit.places.clear();
-        let mut fits = true;
-        for at in self.layout.lost(dead) {
+        let layout = &self.layout;
+        for at in layout.lost(dead) {
             let host = change.before[at as usize].map_or(NONE, |old| kit.at[old as usize]);
             kit.places.push(host);
             if host != NONE {
-                fits &= take(
-                    &mut kit.row,
-                    dims,
-                    host,
-                    &self.layout.running[at as usize].need,
-                );
+                let need = &layout.running[at as usize].need;
+                add(&mut kit.row, dims, usize::from(host), need);
             }
         }
-        for at in old.lost(dead) {
-            kit.at[at as usize] = NONE;
-        }
-        for (slot, at) in self.layout.lost(dead).enumerate() {
-            if !fits {
+        kit.forget(old.lost(dead));
+        for (slot, at) in layout.lost(dead).enumerate() {
+            if kit.places[slot] != NONE {
+                continue;
+            }
+            let need = &layout.running[at as usize].need;
+            let Some(to) = roomiest(layout, &kit.row, layout.targets & !dead, need) else {
                 return false;
-            }
-            if kit.places[slot] == NONE {
-                let need = &self.layout.running[at as usize].need;
-                let to = members(self.layout.targets & !dead)
-                    .filter(|to| (0..dims).all(|k| kit.row[to * dims + k] >= need[k]))
-                    .max_by_key(|to| kit.row[to * dims]);
-                let Some(to) = to.and_then(|to| u8::try_from(to).ok()) else {
-                    return false;
-                };
-                kit.places[slot] = to;
-                fits = take(&mut kit.row, dims, to, need);
-            }
+            };
+            kit.places[slot] = u8::try_from(to).unwrap_or(NONE);
+            add(&mut kit.row, dims, to, need);
         }
+        let fits = members(layout.targets & !dead).all(|host| {
+            let free = &layout.free[host];
+            (0..dims).all(|k| kit.row[host * dims + k] <= free[k])
+        });
         if fits {
             let range = self.range(set);
-            self.left[range].copy_from_slice(&kit.row);
+            self.load[range].copy_from_slice(&kit.row);
+            for (most, load) in self.load_most.iter_mut().zip(&kit.row) {
+                *most = (*most).max(*load);
+            }
             self.places[set] = kit.places.as_slice().into();
         }
         fits
@@ -158,13 +145,14 @@ impl Checker {
         let dims = self.layout.dims.len();
         let dead = self.layout.dead(self.sets[set]);
         let range = self.range(set);
-        let (layout, row) = (&self.layout, &mut self.left[range]);
+        let (layout, row) = (&self.layout, &mut self.load[range]);
         let places = &mut self.places[set];
         // A few moves, or it is packed anew.
         for _ in 0..8 {
             let Some(from) = members(short).next() else {
                 return true;
             };
+            let free = &layout.free[from];
             let mut best: Option<(u64, usize, usize, &Vector)> = None;
             for (slot, at) in layout.lost(dead).enumerate() {
                 if usize::from(places[slot]) != from {
@@ -172,16 +160,13 @@ impl Checker {
                 }
                 // The smallest that is enough, or else the largest that has somewhere to go.
                 let need = &layout.running[at as usize].need;
-                let enough = (0..dims)
-                    .all(|k| row[from * dims + k].wrapping_add(need[k]) <= layout.free[from][k]);
+                let enough = (0..dims).all(|k| row[from * dims + k] <= free[k] + need[k]);
                 let score = if enough { need[0] } else { u64::MAX - need[0] };
                 if best.is_some_and(|(least, ..)| score >= least) {
                     continue;
                 }
-                let to = members(layout.targets & !dead & !short)
-                    .filter(|to| (0..dims).all(|k| row[to * dims + k] >= need[k]))
-                    .max_by_key(|to| row[to * dims]);
-                if let Some(to) = to {
+                let open = layout.targets & !dead & !short;
+                if let Some(to) = roomiest(layout, row, open, need) {
                     best = Some((score, slot, to, need));
                 }
             }
@@ -189,11 +174,17 @@ impl Checker {
                 return false;
             };
             for k in 0..dims {
-                row[to * dims + k] -= need[k];
-                row[from * dims + k] = row[from * dims + k].wrapping_add(need[k]);
+                row[from * dims + k] -= need[k];
+            }
+            add(row, dims, to, need);
+            for (most, load) in self.load_most[to * dims..][..dims]
+                .iter_mut()
+                .zip(&row[to * dims..])
+            {
+                *most = (*most).max(*load);
             }
             places[slot] = u8::try_from(to).unwrap_or(NONE);
-            if (0..dims).all(|k| row[from * dims + k] <= layout.free[from][k]) {
+            if (0..dims).all(|k| row[from * dims + k] <= free[k]) {
                 short &= !(1 << from);
             }
         }
@@ -210,19 +201,17 @@ impl Checker {
     ) -> Option<Outcome> {
         let failed = self.sets[set];
         let dead = self.layout.dead(failed);
-        for (at, host) in old.lost(dead).zip(&self.places[set]) {
-            kit.at[at as usize] = *host;
-        }
+        kit.remember(old.lost(dead), &self.places[set]);
         let hints: Vec<u8> = (self.layout.lost(dead))
             .map(|at| change.before[at as usize].map_or(NONE, |old| kit.at[old as usize]))
             .collect();
-        for at in old.lost(dead) {
-            kit.at[at as usize] = NONE;
-        }
+        kit.forget(old.lost(dead));
         self.layout.problem(failed, &mut kit.problem);
-        let places = match pack::again(&kit.problem, &mut kit.scratch, &hints) {
+        let placed = pack::quick(&kit.problem, &mut kit.scratch)
+            .or_else(|| pack::again(&kit.problem, &mut kit.scratch, &hints));
+        let places = match placed {
             Some(places) => places,
-            None => match pack::solve(&kit.problem, &mut kit.scratch, self.budget.steps_per_set) {
+            None => match pack::decide(&kit.problem, &mut kit.scratch, self.budget.steps_per_set) {
                 Verdict::Fits(places) => places,
                 Verdict::Refused(bound) => return Some(self.overcommitted(failed, bound)),
                 Verdict::Open => {
@@ -234,26 +223,42 @@ impl Checker {
             },
         };
         self.places[set] = places;
-        let dims = self.layout.dims.len();
-        let range = self.range(set);
-        let row = &mut self.left[range];
-        for (to, free) in row.chunks_mut(dims).zip(&self.layout.free) {
-            to.copy_from_slice(&free[..dims]);
-        }
-        self.spend(set);
+        self.count_load(set);
         None
     }
 }
 
-/// Take a need off what is left on a host; false if it was not there.
-fn take(row: &mut [u64], dims: usize, host: u8, need: &Vector) -> bool {
-    let left = &mut row[usize::from(host) * dims..][..dims];
-    let mut fits = true;
-    for (left, need) in left.iter_mut().zip(need) {
-        fits &= *left >= *need;
-        *left = left.wrapping_sub(*need);
+/// Count a need on a host.
+fn add(row: &mut [u64], dims: usize, host: usize, need: &Vector) {
+    for (load, need) in row[host * dims..][..dims].iter_mut().zip(need) {
+        *load += need;
     }
-    fits
+}
+
+/// Of the hosts of a set, the one with the most memory left that has room for a need.
+fn roomiest(layout: &Layout, row: &[u64], hosts: HostSet, need: &Vector) -> Option<usize> {
+    let dims = layout.dims.len();
+    members(hosts)
+        .filter(|host| {
+            let free = &layout.free[*host];
+            (0..dims).all(|k| row[host * dims + k] + need[k] <= free[k])
+        })
+        .max_by_key(|host| layout.free[*host][0] - row[host * dims])
+}
+
+impl Kit {
+    /// Where each VM of a set was placed.
+    fn remember(&mut self, lost: impl Iterator<Item = u32>, places: &[u8]) {
+        for (at, host) in lost.zip(places) {
+            self.at[at as usize] = *host;
+        }
+    }
+
+    fn forget(&mut self, lost: impl Iterator<Item = u32>) {
+        for at in lost {
+            self.at[at as usize] = NONE;
+        }
+    }
 }
 
 struct Kit {
@@ -298,13 +303,12 @@ fn difference(old: &Layout, new: &Layout) -> Option<Change> {
             lists |= 1 << host;
         }
     }
-    let rooms = (old.free.iter().zip(&new.free).enumerate())
-        .filter(|(_, (a, b))| a != b)
-        .map(|(host, (a, b))| (host, *a, *b))
-        .collect();
+    let shrunk = (old.free.iter().zip(&new.free).enumerate())
+        .filter(|(_, (a, b))| a.iter().zip(*b).any(|(a, b)| a > b))
+        .fold(0, |set: HostSet, (host, _)| set | 1 << host);
     Some(Change {
         lists,
-        rooms,
+        shrunk,
         before,
     })
 }
