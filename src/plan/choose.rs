@@ -29,9 +29,27 @@ const STEPS: u64 = 5_000;
 /// Choose among what is lost with `failed`.
 #[must_use]
 pub fn choose(layout: &Layout, failed: HostSet) -> Chosen {
+    choose_beside(layout, failed, &|_| None)
+}
+
+/// As [`choose`], where the host of some VMs is given already.
+#[must_use]
+pub fn choose_beside(
+    layout: &Layout,
+    failed: HostSet,
+    given: &dyn Fn(u32) -> Option<u8>,
+) -> Chosen {
     let mut problem = Problem::default();
     layout.problem(failed, &mut problem);
     let lost: Vec<u32> = layout.lost(layout.dead(failed)).collect();
+    for piece in &mut problem.pieces {
+        let host = lost.get(piece.slot as usize).and_then(|at| given(*at));
+        let bin = host.and_then(|host| problem.bins.iter().position(|b| *b == host));
+        if let Some(bin) = bin {
+            problem.plain = false;
+            piece.fits &= 1 << bin;
+        }
+    }
     // Several that go together count as the most important of them.
     let mut class_of: Vec<(Priority, u32)> = lost
         .iter()

@@ -20,12 +20,17 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod advice;
+pub mod answer;
 pub mod certificate;
 pub mod choose;
+pub mod largest;
 pub mod layout;
 pub mod model;
 pub mod pack;
 pub mod random;
+pub mod restart;
 pub mod sets;
 pub mod tolerance;
 pub mod verify;
+pub mod whatif;

@@ -75,3 +75,13 @@ pub fn slack(layout: &Layout, failed: HostSet) -> f64 {
         .map(|k| (have[k] as f64 - need[k] as f64) * layout.weight[k])
         .fold(f64::INFINITY, f64::min)
 }
+
+/// The set of r failures that takes most: those units whose loss costs most, one by one.
+#[must_use]
+pub fn heaviest(layout: &Layout, r: u32) -> HostSet {
+    let mut order: Vec<(f64, HostSet)> = (layout.units.iter())
+        .map(|unit| (slack(layout, unit.hosts), unit.hosts))
+        .collect();
+    order.sort_by(|a, b| a.0.total_cmp(&b.0));
+    (order.iter().take(r as usize)).fold(0, |set, (_, hosts)| set | hosts)
+}

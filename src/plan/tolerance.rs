@@ -174,14 +174,23 @@ impl Checker {
         self.tightest
     }
 
-    /// Where each lost VM goes if exactly the hosts of `failed` fail.
+    /// Where each VM goes that is lost if exactly the hosts of `failed` fail, by the proof: by that
+    /// of the set itself, or of a larger one.
     #[must_use]
     pub fn placement(&self, failed: HostSet) -> Option<Vec<(u32, u8)>> {
         if self.outcome != Outcome::Survives {
             return None;
         }
-        let at = self.sets.iter().position(|set| *set == failed)?;
-        Some(self.pairs(at))
+        let exact = self.sets.iter().position(|set| *set == failed);
+        let larger = || {
+            let covers = |set: &HostSet| set & failed == failed;
+            (self.sets.iter().position(covers)).filter(|_| !self.layout.uneven)
+        };
+        let at = exact.or_else(larger)?;
+        let dead = self.layout.dead(failed);
+        let mut pairs = self.pairs(at);
+        pairs.retain(|(vm, _)| Layout::is_lost(&self.layout.running[*vm as usize], dead));
+        Some(pairs)
     }
 
     /// The VMs and hosts of the placement of one set.
@@ -198,7 +207,16 @@ impl Checker {
         self.tightest = None;
         let count = sets::count(&self.layout, self.r);
         if count > sets::SETS_MAX {
-            self.looked = 0;
+            self.looked = 1;
+            let worst = sets::heaviest(&self.layout, self.r);
+            let slack = sets::slack(&self.layout, worst);
+            if slack < 0.0
+                && let refused @ Outcome::Overcommitted(_) = self.refused_by_sum(worst)
+            {
+                self.tightest = Some((worst, slack));
+                self.outcome = refused;
+                return;
+            }
             self.outcome = Outcome::Unknown {
                 failed: None,
                 sets: count,

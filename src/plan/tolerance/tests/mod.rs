@@ -410,3 +410,28 @@ fn a_runner_that_loses_a_part_proves_nothing() {
     assert_eq!(distinct.len(), 3);
     let _ = Rule::Apart;
 }
+
+#[test]
+fn the_largest_number_of_failures_is_found() {
+    let mut noise = Noise(17);
+    for _ in 0..150 {
+        let pool = motley(&mut noise);
+        let found =
+            crate::plan::largest::largest(&InOrder, &pool, Scope::Always, Budget::default());
+        let truth = (0..=pool.hosts.len())
+            .filter(|r| oracle::survives(&pool, u32::try_from(*r).unwrap()))
+            .max();
+        assert_eq!(
+            found.survives.map(|r| r as usize),
+            truth.map(|r| r.min(found.of as usize))
+        );
+        if found.survives != Some(found.of) {
+            let next = found.next.unwrap();
+            assert_eq!(
+                Some(next.tolerate),
+                found.survives.map_or(Some(0), |r| Some(r + 1))
+            );
+            assert!(next.failing.is_some());
+        }
+    }
+}
