@@ -54,6 +54,13 @@ pub enum Step {
         /// Its memory, which its partner gets back.
         memory: Bytes,
     },
+    /// Stop a VM.
+    Stop {
+        /// Which.
+        vm: String,
+        /// Its memory.
+        memory: Bytes,
+    },
     /// Let a VM be left down if there is no room.
     BestEffort {
         /// Which.
@@ -67,7 +74,10 @@ impl Step {
     /// Do it.
     pub fn apply(&self, pool: &mut Pool) {
         let name = match self {
-            Self::Move { vm, .. } | Self::Restart { vm, .. } | Self::BestEffort { vm, .. } => vm,
+            Self::Move { vm, .. }
+            | Self::Restart { vm, .. }
+            | Self::Stop { vm, .. }
+            | Self::BestEffort { vm, .. } => vm,
         };
         let Some(vm) = pool.vms.iter_mut().find(|vm| vm.name == *name) else {
             return;
@@ -78,14 +88,29 @@ impl Step {
                 vm.protection = Protection::Restart;
                 vm.standby = None;
             }
+            Self::Stop { .. } => {
+                vm.host = None;
+                vm.standby = None;
+            }
             Self::BestEffort { .. } => vm.priority = Priority::BestEffort,
         }
     }
 }
 
-/// Advice for a pool that `checker` found overcommitted: moves, and changed protections.
+/// What could be done, by kind.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Ways {
+    /// Live moves.
+    pub moves: Advice,
+    /// Changed protections.
+    pub protections: Advice,
+    /// VMs stopped.
+    pub stops: Advice,
+}
+
+/// Advice for a pool that `checker` found overcommitted.
 #[must_use]
-pub fn advise(pool: &Pool, checker: &Checker) -> (Advice, Advice) {
+pub fn advise(pool: &Pool, checker: &Checker) -> Ways {
     let mut search = Search {
         r: checker.failures(),
         known: Vec::new(),
@@ -96,12 +121,18 @@ pub fn advise(pool: &Pool, checker: &Checker) -> (Advice, Advice) {
             steps: Vec::new(),
             fewest: true,
         };
-        return (none(), none());
+        return Ways {
+            moves: none(),
+            protections: none(),
+            stops: none(),
+        };
     };
     search.known.push(failure.failed);
-    let moves = search.find(pool, failure, &moves);
-    let protections = search.find(pool, failure, &protections);
-    (moves, protections)
+    Ways {
+        moves: search.find(pool, failure, &moves),
+        protections: search.find(pool, failure, &protections),
+        stops: search.find(pool, failure, &stops),
+    }
 }
 
 struct Search {
@@ -283,6 +314,18 @@ fn protections(pool: &Pool, layout: &Layout, failure: &Failure) -> Vec<Step> {
     out
 }
 
+fn stops(pool: &Pool, layout: &Layout, _: &Failure) -> Vec<Step> {
+    let mut order: Vec<&Running> = layout.running.iter().collect();
+    // The least important first, then the smallest.
+    order.sort_by_key(|vm| (std::cmp::Reverse(vm.class), vm.need[0], vm.vm));
+    (order.into_iter().take(MOVES_MAX))
+        .map(|vm| Step::Stop {
+            vm: vm.name.clone(),
+            memory: pool.vms[vm.vm].memory,
+        })
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -298,11 +341,11 @@ mod tests {
         format!("[[vm]]\nname = \"{name}\"\nmemory = \"{gib} GiB\"\nhost = \"{host}\"\n")
     }
 
-    fn advised(pool: &Pool) -> (Advice, Advice) {
+    fn advised(pool: &Pool) -> Ways {
         let checker = Checker::new(pool, 1, Scope::Always, Budget::default());
         assert!(matches!(checker.outcome(), Outcome::Overcommitted(_)));
         let both = advise(pool, &checker);
-        for advice in [&both.0, &both.1] {
+        for advice in [&both.moves, &both.protections, &both.stops] {
             if advice.steps.is_empty() {
                 continue;
             }
@@ -332,17 +375,19 @@ mod tests {
             ]
             .concat(),
         );
-        let (moves, protections) = advised(&pool);
-        assert_eq!(moves.steps.len(), 1);
-        assert!(moves.fewest);
+        let ways = advised(&pool);
+        assert_eq!(ways.moves.steps.len(), 1);
+        assert!(ways.moves.fewest);
+        let protections = ways.protections;
         assert_eq!(protections.steps.len(), 1);
     }
 
     #[test]
     fn what_is_too_much_in_all_is_not_mended_by_moves() {
         let pool = pool(&[vm("a1", 12, "a"), vm("b1", 12, "b"), vm("c1", 12, "c")].concat());
-        let (moves, protections) = advised(&pool);
-        assert!(moves.steps.is_empty());
+        let ways = advised(&pool);
+        assert!(ways.moves.steps.is_empty());
+        let protections = ways.protections;
         // Each host's failure needs its VM to be let go.
         assert_eq!(protections.steps.len(), 3);
     }
@@ -361,7 +406,7 @@ mod tests {
             host: HostName::new("c").ok(),
             ..Default::default()
         });
-        let (_, protections) = advised(&pool);
+        let protections = advised(&pool).protections;
         assert_eq!(protections.steps.len(), 1, "{protections:?}");
     }
 }

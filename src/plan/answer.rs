@@ -214,7 +214,7 @@ pub fn because(layout: &Layout, failure: &Failure) -> String {
             )
         }
         Bound::Search { steps } => format!(
-            "there is enough free in all, but scattered so that they do not fit: no placement exists ({steps} partial ones were tried, that was all)"
+            "enough is free in all, but scattered so that they do not fit: there is no placement ({steps} steps of the search ruled out all)"
         ),
     }
 }
@@ -249,8 +249,14 @@ fn single(layout: &Layout, failure: &Failure, alive: HostSet) -> String {
             );
         }
     }
+    if vm.together.is_some() {
+        return format!(
+            "`{}` and the VMs it belongs together with do not fit on any one host that is left",
+            vm.name
+        );
+    }
     format!(
-        "`{}`, with the VMs it belongs together with, fits on none of the hosts that are left where it may run, or its group keeps it from them",
+        "`{}` fits on none of the hosts that are left, or the VMs it has to be apart from run there",
         vm.name
     )
 }
