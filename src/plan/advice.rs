@@ -115,6 +115,7 @@ pub fn advise(pool: &Pool, checker: &Checker) -> Ways {
         r: checker.failures(),
         known: Vec::new(),
         proofs: 0,
+        skipped: false,
     };
     let Outcome::Overcommitted(failure) = checker.outcome() else {
         let none = || Advice {
@@ -140,6 +141,8 @@ struct Search {
     /// Sets of failures that some candidate was not enough for.
     known: Vec<HostSet>,
     proofs: usize,
+    /// Whether some candidate was not decided, or not looked at.
+    skipped: bool,
 }
 
 /// The candidates for the next step, the most promising first.
@@ -148,19 +151,23 @@ type Candidates<'a> = &'a dyn Fn(&Pool, &Layout, &Failure) -> Vec<Step>;
 impl Search {
     fn find(&mut self, pool: &Pool, failure: &Failure, candidates: Candidates<'_>) -> Advice {
         self.proofs = 0;
+        self.skipped = false;
         let mut steps: Vec<Step> = Vec::new();
         let mut now = pool.clone();
         let mut failure = failure.clone();
         while steps.len() < STEPS_MAX {
             let layout = Layout::new(&now, Scope::Always);
             let all = candidates(&now, &layout, &failure);
-            let tried_all = all.len() < MOVES_MAX;
+            if steps.len() < 2 {
+                self.skipped |= all.len() >= MOVES_MAX;
+            }
             // One that is enough by itself, or else the one that leaves the least undone.
             let mut best: Option<(u64, Step)> = None;
             for step in all {
                 let mut then = now.clone();
                 step.apply(&mut then);
                 let undone = self.undone(&then);
+                self.skipped |= undone == 0 && self.proofs >= PROOFS_MAX;
                 if undone == 0 && self.proofs < PROOFS_MAX {
                     self.proofs += 1;
                     let checker = Checker::new(&then, self.r, Scope::Always, Budget::default());
@@ -169,12 +176,12 @@ impl Search {
                             steps.push(step);
                             let one = steps.len() == 1;
                             return Advice {
-                                fewest: one || (steps.len() == 2 && tried_all),
+                                fewest: one || (steps.len() == 2 && !self.skipped),
                                 steps: self.needed(pool, steps),
                             };
                         }
                         Outcome::Overcommitted(other) => self.known.push(other.failed),
-                        Outcome::Unknown { .. } => {}
+                        Outcome::Unknown { .. } => self.skipped = true,
                     }
                 }
                 let undone = undone.max(u64::from(self.undone(&then) > 0));
@@ -205,7 +212,7 @@ impl Search {
     }
 
     /// What the known sets still lack, in bytes and whole VMs: 0 if all are survived.
-    fn undone(&self, pool: &Pool) -> u64 {
+    fn undone(&mut self, pool: &Pool) -> u64 {
         let layout = Layout::new(pool, Scope::Always);
         let (mut problem, mut scratch) = (Problem::default(), Scratch::default());
         let mut sum = 0;
@@ -214,7 +221,8 @@ impl Search {
             sum += match pack::solve(&problem, &mut scratch, SEARCH_STEPS) {
                 Verdict::Fits(_) => 0,
                 Verdict::Refused(Bound::Sum { need, have, .. }) => need - have,
-                Verdict::Refused(_) | Verdict::Open => {
+                open => {
+                    self.skipped |= open == Verdict::Open;
                     let chosen = super::choose::choose(&layout, *failed);
                     (chosen.left_over.iter())
                         .map(|at| down(&layout, *at).memory.0)
