@@ -2,10 +2,10 @@
 //! and how many random pools that are safe it accepts. `cargo bench -p pollux-bench --bench plan`
 //! prints the tables; with `-- NAME` only criterion's measurement of that part runs.
 //!
-//! One thread; times are what the thread got of a processor (its schedstat), so that other load on
-//! the machine does not count. Beside the first proofs stands what xapi's planner needs for the same size by its
-//! authors' measurements, on a like machine; beside the accepted pools how many a planner accepts
-//! that packs worst-fit, as xapi's does.
+//! One thread; times are what it got of a processor (its schedstat), so that other load on
+//! the machine does not count. Beside
+//! the first proofs stands what xapi's planner needs for the same size by published
+//! measurements; beside the safe pools how many of them worst-fit decreasing alone places, set by set.
 
 use criterion::Criterion;
 use pollux::plan::layout::Scope;
