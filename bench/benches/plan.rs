@@ -3,8 +3,8 @@
 //! prints the tables; with `-- NAME` only criterion's measurement of that part runs.
 //!
 //! One thread; times are what it got of a processor (its schedstat), so that other load on
-//! the machine does not count. Beside
-//! the first proofs stands what xapi's planner needs for the same size by published
+//! the machine does not count. Beside the first proofs
+//! stands what xapi's planner needs for the same size by published
 //! measurements; beside the safe pools how many of them worst-fit decreasing alone places, set by set.
 
 use criterion::Criterion;
