@@ -2,7 +2,7 @@
 //!
 //! Every folder is one room with one owner and one job; docs/ARCHITECTURE.md
 //! draws them. State flows one way: guest -> [`interpose`] -> [`mirror`] ->
-//! `interconnect` -> standby. [`mirror`], [`pool`] and the codecs are pure: no
+//! `interconnect` -> standby. [`mirror`], [`plan`], [`pool`] and the codecs are pure: no
 //! clock, no thread, no file, no socket.
 
 pub mod api;
@@ -16,6 +16,7 @@ pub mod ha;
 pub mod interpose;
 pub mod lab;
 pub mod mirror;
+pub mod plan;
 pub mod pool;
 pub mod registry;
 pub mod sim;

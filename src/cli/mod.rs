@@ -7,6 +7,7 @@ mod drill;
 mod fence;
 mod lab;
 mod link;
+mod plan;
 mod pool;
 mod show;
 mod sim;
@@ -83,6 +84,9 @@ enum Command {
     /// Whole pools in virtual time, with faults of every kind.
     #[command(subcommand)]
     Sim(sim::SimCommand),
+    /// The failover planner: what is survived, where VMs restart, what a change would do.
+    #[command(subcommand)]
+    Plan(plan::PlanCommand),
     /// Power fencing: test it, ask for a host's power, take it.
     #[command(subcommand)]
     Fence(fence::FenceCommand),
@@ -167,6 +171,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Lab(command) => return lab::run(command, json),
         Command::Drill(command) => return drill::run(command, json),
         Command::Sim(command) => return sim::run(command, json),
+        Command::Plan(command) => return plan::run(command, json),
         Command::Fence(command) => return fence::run(command, json),
         Command::Watchdog(watchdog) => return watchdog.run(),
         Command::Demo => return drill::demo(json),
