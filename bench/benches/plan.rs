@@ -2,19 +2,19 @@
 //! and how many random pools that are safe it accepts. `cargo bench -p pollux-bench --bench plan`
 //! prints the tables; with `-- NAME` only criterion's measurement of that part runs.
 //!
-//! One thread; times are what it got of a processor (its schedstat), so that other load on
-//! the machine does not count. Beside the first proofs
-//! stands what xapi's planner needs for the same size by published
+//! One thread; times are what it got of a processor, so that other load on the machine does not
+//! count. Beside the first proofs stands what xapi's planner needs for the same size by published
 //! measurements; beside the safe pools how many of them worst-fit decreasing alone places, set by set.
 
 use criterion::Criterion;
+use nix::time::{ClockId, clock_gettime};
 use pollux::plan::layout::Scope;
 use pollux::plan::model::{Bytes, Pool, Vm};
 use pollux::plan::random::{Random, pool as random};
 use pollux::plan::restart;
 use pollux::plan::tolerance::{Budget, Checker, Outcome};
 use std::hint::black_box;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A pool of one size, how full it is, and how long the first proof may take.
 struct Size {
@@ -127,19 +127,17 @@ fn parts(c: &mut Criterion) {
     });
 }
 
-/// What this thread has got of a processor so far; the time of day where the kernel does not say.
-fn spent(start: Instant) -> Duration {
-    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-    let ns = stat.split(' ').next().and_then(|ns| ns.parse().ok());
-    ns.map_or_else(|| start.elapsed(), Duration::from_nanos)
+/// What this thread has got of a processor so far (clock_gettime(2)); schedstat counts in ticks.
+fn spent() -> Duration {
+    let got = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
+    Duration::from(got.expect("a thread has this clock"))
 }
 
 /// How long `work` takes.
 fn timed<T>(work: impl FnOnce() -> T) -> Duration {
-    let start = Instant::now();
-    let before = spent(start);
+    let before = spent();
     black_box(work());
-    spent(start).saturating_sub(before)
+    spent().saturating_sub(before)
 }
 
 /// Middle of several runs, and the longest.

@@ -17,7 +17,8 @@
 //! Ages and lengths are in units of 10 ms; 0xffff is "never, none". A path below 0x80 is a
 //! network, from there on a storage.
 //!
-//! Must never: allocate by a number in the bytes, take a host twice, panic.
+//! Hosts and paths are in rising order. Must never: allocate by a number in the bytes, take a host
+//! twice, panic.
 
 use super::time::Millis;
 use crate::pool::{HostId, Incarnation, POOL_HOSTS_MAX, Seq};
@@ -220,16 +221,24 @@ impl Report {
                 seq,
                 ages: cursor.ages()?,
             };
-            if heard.insert(host, entry).is_some() {
-                return Err(value("the same host twice:", host.0));
+            if heard
+                .last_key_value()
+                .is_some_and(|(last, _)| *last >= host)
+            {
+                return Err(value("hosts twice or out of order:", host.0));
             }
+            heard.insert(host, entry);
         }
         let mut vouches = BTreeMap::new();
         for _ in 0..cursor.count()? {
             let (host, incarnation, seq) = cursor.reference()?;
-            if vouches.insert(host, (incarnation, seq)).is_some() {
-                return Err(value("the same vouch twice:", host.0));
+            if vouches
+                .last_key_value()
+                .is_some_and(|(last, _)| *last >= host)
+            {
+                return Err(value("vouches twice or out of order:", host.0));
             }
+            vouches.insert(host, (incarnation, seq));
         }
         if cursor.at != bytes.len() {
             return Err(BadReport::Length(bytes.len()));
@@ -353,9 +362,10 @@ impl Cursor<'_> {
                 _ => return Err(value("path", byte)),
             };
             let age = self.length()?.ok_or(value("path without an age:", byte))?;
-            if ages.insert(path, age).is_some() {
-                return Err(value("the same path twice:", byte));
+            if ages.last_key_value().is_some_and(|(last, _)| *last >= path) {
+                return Err(value("paths twice or out of order:", byte));
             }
+            ages.insert(path, age);
         }
         Ok(ages)
     }
@@ -432,17 +442,19 @@ mod tests {
     }
 
     #[test]
-    fn a_host_told_of_twice_is_refused() {
+    fn a_host_told_of_twice_or_out_of_order_is_refused() {
         let mut report = full();
         report.heard.retain(|host, _| host.0 <= 2);
         report.registry.vouches.clear();
         let mut bytes = report.encode();
         let entry = REFERENCE_BYTES + 1 + PATHS_MAX * PATH_BYTES;
-        bytes[HEAD_BYTES + 1 + entry] = 1;
-        assert!(matches!(
-            Report::decode(&bytes),
-            Err(BadReport::Value { .. })
-        ));
+        for other in [1, 0] {
+            bytes[HEAD_BYTES + 1 + entry] = other;
+            assert!(matches!(
+                Report::decode(&bytes),
+                Err(BadReport::Value { .. })
+            ));
+        }
     }
 
     proptest! {
