@@ -4,7 +4,8 @@
 
 mod common;
 
-use common::{Bed, Guest, eventually, host};
+use common::pool::{movable, runs_on_of, standing, status, wait};
+use common::{Bed, eventually, host};
 use pollux::api::pool::PoolStatus;
 use pollux::api::types::Role;
 use pollux::beat::{PoolKeys, load_keys, save_keys};
@@ -38,46 +39,8 @@ fn pool_of(hosts: &[&str], fencing: bool) -> Bed {
     bed
 }
 
-fn status(bed: &Bed, name: &str) -> Option<PoolStatus> {
-    bed.api(name).get("/v1/pool").ok()
-}
-
-/// Look until the pool is as wanted, as this host knows it.
-fn wait(bed: &Bed, name: &str, what: &str, wanted: impl Fn(&PoolStatus) -> bool) -> PoolStatus {
-    eventually(what, || status(bed, name).filter(|status| wanted(status)))
-}
-
-fn standing<'s>(status: &'s PoolStatus, name: &str) -> &'s str {
-    let found = status.hosts.iter().find(|h| h.name.as_str() == name);
-    &found.unwrap().standing
-}
-
-/// A VM that may be restarted, its disk where all hosts reach it, running on `a`.
-fn movable(bed: &Bed) -> Guest {
-    let shared = &bed.lab.host(&host("a")).unwrap().shared_dir;
-    let mut guest = Guest::new();
-    let image = shared.join(format!("{}.raw", guest.name));
-    std::fs::File::create(&image)
-        .unwrap()
-        .set_len(guest.disk_bytes)
-        .unwrap();
-    guest.protection = "restart";
-    let spec = guest.toml().replace(
-        &format!("path = \"{}.raw\"", guest.name),
-        &format!("path = \"{}\"\nkind = \"shared\"", image.display()),
-    );
-    bed.api("a").create(&spec).unwrap();
-    bed.api("a").command(&guest.name, "start").unwrap();
-    guest
-}
-
-/// Where it runs, if anywhere, asking only hosts that answer.
 fn runs_on(bed: &Bed, vm: &str) -> Vec<&'static str> {
-    let runs = |name: &&str| {
-        let status = bed.api(name).vm(vm);
-        status.is_ok_and(|status| status.role == Role::Primary)
-    };
-    HOSTS.into_iter().filter(runs).collect()
+    runs_on_of(bed, vm, &HOSTS)
 }
 
 #[test]

@@ -7,6 +7,8 @@
 // Every test file uses its own part of this one.
 #![allow(dead_code, clippy::unwrap_used, clippy::missing_panics_doc)]
 
+pub mod pool;
+
 use pollux::api::client::{Client, ClientError};
 use pollux::api::types::{CreateVm, Done, HostStatus, Protect, Role, Start, VmStatus};
 use pollux::lab::daemons::{daemon_spec, up_linked};
