@@ -206,7 +206,7 @@ pub struct Machine {
     joined_at: Option<u64>,
     /// Whether a voter has seen it join.
     seen: bool,
-    /// When the newest successful read began, or this life did.
+    /// When the newest successful read began, or this life did, or a stall ended.
     registry_at: Millis,
     oustings: Oustings,
     told_restart: BTreeSet<(HostId, Incarnation)>,
@@ -324,6 +324,8 @@ impl Machine {
     fn tick(&mut self, now: Millis, actions: &mut Vec<Action>) {
         if let Some(stood) = self.contacts.tick(now) {
             self.read_at = None;
+            // It was not asked meanwhile, so it is not lost.
+            self.registry_at = now;
             actions.push(Action::Alert(format!(
                 "this host stood still for {stood}; it listens before it judges any other"
             )));

@@ -693,6 +693,21 @@ fn short_stalls_are_no_death() {
 }
 
 #[test]
+fn hosts_that_all_stood_still_have_not_lost_the_registry() {
+    for offset in 0..10 {
+        let mut world = World::formed(3);
+        world.run(offset * 50);
+        let until = world.now + 4_250;
+        for host in &mut world.hosts {
+            host.frozen_until = until;
+        }
+        world.run(15_000);
+        assert_eq!(world.members(), [0, 1, 2], "{offset}");
+        assert!(world.hosts.iter().all(|host| host.life == 1), "{offset}");
+    }
+}
+
+#[test]
 #[allow(clippy::disallowed_methods, reason = "the seed of a test may be given")]
 fn whatever_fails_nothing_runs_twice_and_in_the_end_all_are_members() {
     let seeds = std::env::var("POLLUX_SEEDS").map_or(150, |n| n.parse().unwrap());
