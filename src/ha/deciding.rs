@@ -115,6 +115,8 @@ pub(super) struct View<'a> {
     pub(super) state: &'a PoolState,
     /// Of this host and of all that it hears.
     pub(super) reports: &'a BTreeMap<HostId, &'a Report>,
+    /// How long ago each came.
+    pub(super) ages: BTreeMap<HostId, Millis>,
     pub(super) contacts: &'a Contacts,
     /// Whether this host may oust others, and admit who joined.
     pub(super) may_give_up: bool,
@@ -145,7 +147,7 @@ pub(super) fn take_over(state: &mut PoolState, config: &Config, cause: &str) {
 
 /// Decide by this view.
 pub(super) fn decide(view: &View<'_>, oustings: &mut Oustings) -> Decided {
-    let verdicts = judge(&view.config.timing, view.state, view.reports);
+    let verdicts = judge(&view.config.timing, view.state, view.reports, &view.ages);
     let me = view.config.me;
     if verdicts.get(&me) != Some(&Verdict::Stays) {
         // The others are the better side.

@@ -31,6 +31,8 @@ pub enum PathVerdict {
 pub struct Contact {
     /// Its newest report of its newest life.
     pub report: Report,
+    /// When that report came first.
+    pub came: Millis,
     /// When something of that life was heard last, by path; empty after an own stall.
     pub paths: BTreeMap<Path, Millis>,
 }
@@ -100,7 +102,15 @@ impl Contacts {
         }
         let Some(contact) = self.hosts.get_mut(&report.host) else {
             let paths = BTreeMap::from([(path, now)]);
-            self.hosts.insert(report.host, Contact { report, paths });
+            let came = now;
+            self.hosts.insert(
+                report.host,
+                Contact {
+                    report,
+                    came,
+                    paths,
+                },
+            );
             return true;
         };
         let known = (contact.report.incarnation, contact.report.seq);
@@ -114,6 +124,7 @@ impl Contacts {
         let newest = (report.incarnation, report.seq) > known;
         if newest {
             contact.report = report;
+            contact.came = now;
         }
         newest
     }
@@ -180,6 +191,14 @@ impl Contacts {
         self.hosts
             .iter()
             .map(|(host, contact)| (*host, (contact.report.incarnation, contact.report.seq)))
+            .collect()
+    }
+
+    /// How long ago the newest report of each host came.
+    #[must_use]
+    pub fn report_ages(&self, now: Millis) -> BTreeMap<HostId, Millis> {
+        let ages = self.hosts.iter();
+        ages.map(|(host, contact)| (*host, now.since(contact.came)))
             .collect()
     }
 

@@ -31,12 +31,14 @@ pub enum Verdict {
 }
 
 /// Judge all members that are in. `reports` are those of this host and of the members that it
-/// hears, none of them old.
+/// hears, none of them old; `ages`, how long ago each came, if not just now: what it tells of
+/// others is older by that.
 #[must_use]
 pub fn judge(
     timing: &Timing,
     state: &PoolState,
     reports: &BTreeMap<HostId, &Report>,
+    ages: &BTreeMap<HostId, Millis>,
 ) -> BTreeMap<HostId, Verdict> {
     let members: BTreeMap<_, _> = state.members_in().collect();
     let reporting: BTreeMap<HostId, &Report> = reports
@@ -59,13 +61,14 @@ pub fn judge(
         if reporting.contains_key(host) {
             continue;
         }
-        let heard_by = reporting.values().find(|report| {
+        let heard_by = reporting.iter().find(|(by, report)| {
+            let since = ages.get(by).copied().unwrap_or_default();
             report.heard.get(host).is_some_and(|heard| {
                 heard.incarnation == member.incarnation
                     && heard
                         .ages
                         .iter()
-                        .any(|(path, age)| fresh(timing, *path, *age))
+                        .any(|(path, age)| fresh(timing, *path, *age + since))
             })
         });
         let verdict = match heard_by {
@@ -197,7 +200,7 @@ mod tests {
 
     fn judged(state: &PoolState, reports: &[Report]) -> BTreeMap<HostId, Verdict> {
         let reports = reports.iter().map(|report| (report.host, report)).collect();
-        judge(&Timing::DEFAULT, state, &reports)
+        judge(&Timing::DEFAULT, state, &reports, &BTreeMap::new())
     }
 
     fn stay(verdicts: &BTreeMap<HostId, Verdict>) -> Vec<u8> {
@@ -216,6 +219,21 @@ mod tests {
         );
         let b = report(1, true, &[(0, NET, 100), (2, DISK, 2400)]);
         assert_eq!(stay(&judged(&state, &[a, b])), [0, 1, 2]);
+    }
+
+    #[test]
+    fn what_a_report_tells_grows_old_with_it() {
+        let state = state(3);
+        let (a, b) = (
+            report(0, true, &[(1, NET, 100)]),
+            report(1, true, &[(0, NET, 100), (2, NET, 1600)]),
+        );
+        let reports = BTreeMap::from([(a.host, &a), (b.host, &b)]);
+        for (age, stays) in [(0, true), (399, true), (400, false)] {
+            let ages = BTreeMap::from([(b.host, Millis(age))]);
+            let verdicts = judge(&Timing::DEFAULT, &state, &reports, &ages);
+            assert_eq!(verdicts[&HostId(2)] == Verdict::Stays, stays, "{age}");
+        }
     }
 
     #[test]

@@ -613,7 +613,12 @@ impl Machine {
         }
         self.enter(&mut next);
         let own = self.report(now);
-        let verdicts = judge(&self.config.timing, &next, &self.reports(&own, now));
+        let verdicts = judge(
+            &self.config.timing,
+            &next,
+            &self.reports(&own, now),
+            &self.contacts.report_ages(now),
+        );
         let stays = verdicts.get(&self.config.me) == Some(&Verdict::Stays);
         if !stays || !self.contacts.may_judge(now) || self.is_before_me(&state.value, now) {
             return;
@@ -733,6 +738,7 @@ impl Machine {
             config: &self.config,
             state: &state.value,
             reports: &reports,
+            ages: self.contacts.report_ages(now),
             contacts: &self.contacts,
             may_give_up: self.may_give_up(),
         };
