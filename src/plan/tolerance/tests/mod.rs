@@ -143,7 +143,6 @@ fn all_small_pools_agree_with_trying_all() {
 }
 
 #[test]
-#[ignore = "minutes: all pools of up to 5 hosts and 6 VMs of two sizes"]
 fn all_pools_of_five_hosts_and_six_vms_agree_with_trying_all() {
     for (hosts, vms) in [(4, 5), (4, 6), (5, 4), (5, 5), (5, 6)] {
         for r in 1..=3 {
