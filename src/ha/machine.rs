@@ -399,8 +399,10 @@ impl Machine {
         }
         self.pact.heard(&report);
         self.be_seen(&report);
-        self.contacts.heard(now, path, report);
-        self.hear_word();
+        // The same again over another path says nothing new.
+        if self.contacts.heard(now, path, report) {
+            self.hear_word();
+        }
     }
 
     /// A voter says that it knows a state in which this host is a member; see [`super::pact`].

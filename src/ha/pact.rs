@@ -179,6 +179,10 @@ impl Pact {
         for (host, life) in own.others() {
             let word = own.says(host, life);
             let word = word.filter(|(report, _)| report.registry.version <= *version);
+            let word = word.map(|(_, seq)| seq);
+            if word.is_some_and(|seq| seq >= by) {
+                continue;
+            }
             let for_it = own.voters().filter(|other| other.0 != host);
             let for_it = for_it.filter_map(|(other, life)| {
                 let (report, seq) = own.says(other, life)?;
@@ -187,8 +191,7 @@ impl Pact {
                 speaks.then_some(seq)
             });
             let mine = own.is_voter() && self.has_promised(*version, host, life);
-            let majority = majority(value, mine, for_it.collect());
-            by = by.min(word.map(|(_, seq)| seq).max(majority)?);
+            by = by.min(word.max(majority(value, mine, for_it.collect()))?);
         }
         Some(by)
     }
