@@ -179,6 +179,7 @@ impl PoolState {
         let state: Self = serde_json::from_slice(bytes)?;
         let in_range = |host: &HostId| usize::from(host.0) < POOL_HOSTS_MAX;
         let named = state.coordinator.iter().map(|who| &who.host);
+        let named = named.chain(state.voters.keys());
         let named = named.chain(state.decisions.iter().flat_map(|d| [&d.by, &d.about]));
         if !state.members.keys().chain(named).all(in_range) {
             return Err(BadState::Hosts);
@@ -401,6 +402,9 @@ mod tests {
         assert!(told(&vec![b' '; STATE_BYTES_MAX + 1]).contains("65537 bytes"));
         let mut state = state();
         let member = state.members[&HostId(0)].clone();
+        let mut voters = state.clone();
+        voters.voters.insert(HostId(64), Incarnation(1));
+        assert!(told(&voters.to_bytes()).contains("impossible hosts"));
         state.members.insert(HostId(64), member);
         assert!(told(&state.to_bytes()).contains("impossible hosts"));
         // What could not be followed by a further decision, or would grow by each.

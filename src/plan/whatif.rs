@@ -11,6 +11,7 @@ use super::model::{Bytes, Host, HostState, Pool, Protection, Vm};
 use super::tolerance::{Budget, Checker, Runner};
 use crate::pool::HostName;
 use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Something that might be done.
 #[derive(Clone, Debug, PartialEq)]
@@ -205,39 +206,67 @@ fn options(pool: &Pool, change: &Change) -> Result<Vec<Changed>, String> {
 /// A host that would have to hold more than it has, and did not before.
 fn overfull(before: &Pool, after: &Pool) -> Option<String> {
     let old = room(before);
-    for (name, what, used, has) in room(after) {
-        let was = (old.iter()).find(|(n, w, ..)| *n == name && *w == what);
-        if used > has && was.is_none_or(|(_, _, was, _)| used > *was) {
+    for row in room(after) {
+        let was = (old.iter()).find(|old| old.host == row.host && old.what == row.what);
+        if row.used > row.has && was.is_none_or(|was| row.used > was.used) {
+            let say = |n: u64| match row.in_bytes {
+                true => Bytes(n).to_string(),
+                false => n.to_string(),
+            };
             return Some(format!(
-                "`{name}` does not have room for it: it would hold {} of {what}, of {}",
-                Bytes(used),
-                Bytes(has)
+                "`{}` does not have room for it: it would hold {} of {}, of {}",
+                row.host,
+                say(row.used),
+                row.what,
+                say(row.has)
             ));
         }
     }
     None
 }
 
-/// Per host: memory and huge pages, used and there.
-fn room(pool: &Pool) -> Vec<(HostName, &'static str, u64, u64)> {
+/// What one host holds of one thing, with what it keeps for others.
+struct Held<'a> {
+    host: &'a HostName,
+    what: &'a str,
+    in_bytes: bool,
+    used: u64,
+    has: u64,
+}
+
+/// Per host that has not failed: memory, huge pages, vCPUs where they are limited, devices.
+fn room(pool: &Pool) -> Vec<Held<'_>> {
+    let kinds: BTreeSet<&String> = pool.vms.iter().flat_map(|vm| vm.devices.keys()).collect();
     let mut out = Vec::new();
     for host in pool.hosts.iter().filter(|h| h.state != HostState::Failed) {
-        for (what, huge, has) in [
-            (
-                "memory",
-                false,
-                host.memory.0 - host.overhead.0 - host.hugepages.0,
-            ),
-            ("huge pages", true, host.hugepages.0),
-        ] {
-            let used = (pool.vms.iter())
-                .filter(|vm| vm.hugepages == huge)
-                .filter(|vm| {
-                    vm.host.as_ref() == Some(&host.name) || vm.standby.as_ref() == Some(&host.name)
-                })
-                .map(|vm| vm.memory.0)
-                .sum();
-            out.push((host.name.clone(), what, used, has));
+        let held = |of: &dyn Fn(&Vm) -> u64| -> u64 {
+            let here = |side: &Option<HostName>| side.as_ref() == Some(&host.name);
+            let vms = pool.vms.iter();
+            vms.filter(|vm| here(&vm.host) || here(&vm.standby))
+                .map(of)
+                .sum()
+        };
+        let memory = |huge: bool| held(&|vm| if vm.hugepages == huge { vm.memory.0 } else { 0 });
+        let row = |what, in_bytes, used, has| Held {
+            host: &host.name,
+            what,
+            in_bytes,
+            used,
+            has,
+        };
+        let own = host.memory.0 - host.overhead.0 - host.hugepages.0;
+        out.push(row("memory", true, memory(false), own));
+        out.push(row("huge pages", true, memory(true), host.hugepages.0));
+        if let Some(has) = host.vcpus {
+            let used = held(&|vm| vm.vcpus.0.into());
+            out.push(row("vCPUs", false, used, has.0.into()));
+        }
+        for kind in &kinds {
+            let of = |devices: &BTreeMap<String, u32>| {
+                u64::from(devices.get(*kind).copied().unwrap_or_default())
+            };
+            let used = held(&|vm| of(&vm.devices));
+            out.push(row(kind, false, used, of(&host.devices)));
         }
     }
     out

@@ -463,6 +463,21 @@ fn without_any_proof_nothing_is_restarted_and_somebody_is_told() {
 }
 
 #[test]
+fn a_next_life_that_is_heard_proves_the_former_one_dead_before_it_can_join() {
+    let mut world = World::new(3);
+    world.watchdog = false;
+    world.run(15_000);
+    world.crash(1);
+    world.run(20_000);
+    assert!(world.may_restart.is_empty());
+    world.hosts[1].registry = false;
+    world.start(1);
+    world.until("may restart", 5_000, |w| !w.may_restart.is_empty());
+    assert_eq!((world.may_restart[0].1, world.may_restart[0].2), (1, 1));
+    assert!(!world.state().is_in(HostId(1), Incarnation(2)));
+}
+
+#[test]
 fn of_two_hosts_whose_link_is_cut_the_one_that_reaches_the_gateway_stays() {
     for good in [0, 1] {
         let mut world = World::formed(2);

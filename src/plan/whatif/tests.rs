@@ -1,4 +1,5 @@
 use super::*;
+use crate::plan::model::Vcpus;
 use crate::plan::tolerance::InOrder;
 
 fn host(name: &str) -> HostName {
@@ -148,4 +149,29 @@ fn a_new_host_makes_a_pool_safe_again() {
     assert_eq!(added.before.answer, Word::Overcommitted);
     assert_eq!(added.admission, Admission::Admitted);
     assert!(added.reason.contains("again"));
+}
+
+#[test]
+fn vcpus_and_devices_have_to_be_there_too() {
+    let limited = POOL.replace(
+        "memory = \"16 GiB\"\n",
+        "memory = \"16 GiB\"\nvcpus = 8\ndevices = { gpu = 1 }\n",
+    );
+    let pool = Pool::parse(&limited, "p").unwrap();
+    let start = |vcpus: u32, gpus: u32| {
+        let vm = Vm {
+            name: "new".into(),
+            memory: Bytes::gib(1),
+            vcpus: Vcpus(vcpus),
+            devices: [("gpu".to_owned(), gpus)].into(),
+            ..Vm::default()
+        };
+        judged(&pool, &Change::Start(Box::new(vm)))
+    };
+    assert_eq!(start(7, 1).admission, Admission::Admitted);
+    for (vcpus, gpus, says) in [(8, 1, "9 of vCPUs, of 8"), (7, 2, "2 of gpu, of 1")] {
+        let what = start(vcpus, gpus);
+        assert_eq!(what.admission, Admission::Refused);
+        assert!(what.reason.contains(says), "{}", what.reason);
+    }
 }
