@@ -153,10 +153,10 @@ mod tests {
     #[test]
     fn an_operation_that_does_not_end_is_trouble_after_the_patience_and_until_it_ends() {
         let dir = tempfile::tempdir().unwrap();
-        let pulse = pulse(dir.path());
+        let pulse = &pulse(dir.path());
         let ((begun, has_begun), (end, may_end)) = (channel(), channel());
-        std::thread::scope(|scope| {
-            let pulse = &pulse;
+        // What fails here drops `end`, and with it ends the operation.
+        std::thread::scope(move |scope| {
             let operation = scope.spawn(move || {
                 pulse.of(|| {
                     begun.send(Instant::now()).unwrap();
