@@ -42,6 +42,7 @@ fn config(me: HostId) -> Config {
         timing: Timing::DEFAULT,
         watchdog: Some(Timing::DEFAULT.watchdog),
         power_fencing: true,
+        promised: None,
     }
 }
 

@@ -42,7 +42,10 @@ pub use session::{
     FIRST_FRAME_BYTES_MAX, FrameOpener, FrameSealer, GREETING_BYTES, LENGTH_BYTES, SessionError,
     SessionStart,
 };
-pub use state::{StateError, keys_path, load_keys, next_incarnation, save_first_keys, save_keys};
+pub use state::{
+    StateError, keys_path, load_keys, load_promised, next_incarnation, save_first_keys, save_keys,
+    save_promised,
+};
 pub use transport::{
     Batch, Event, Inbox, Network, NetworkStatus, PER_SENDER_MAX, PERIOD_DEFAULT, PERIOD_MAX,
     PERIOD_MIN, PORT_DEFAULT, PathStatus, Peer, Received, STALE_PERIODS, Transport,

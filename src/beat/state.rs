@@ -1,5 +1,5 @@
 //! What heartbeats keep across restarts, in the host's state folder: the pool's keys and the
-//! number of the last incarnation.
+//! number of the last incarnation; and which one promised as one of two ([`crate::ha`]).
 
 use super::keys::{KeyError, LINE_BYTES_MAX, PoolKeys};
 use super::packet::Incarnation;
@@ -13,6 +13,8 @@ use std::time::SystemTime;
 const KEYS_FILE: &str = "pool.key";
 /// File with the last incarnation's number.
 const INCARNATION_FILE: &str = "incarnation";
+/// File with the incarnation that promised as one of two.
+const PROMISED_FILE: &str = "pool.promised";
 /// Nobody but root reads the keys.
 const MODE: u32 = 0o600;
 
@@ -161,6 +163,40 @@ pub fn next_incarnation(state_dir: &Path) -> Result<Incarnation, StateError> {
     incarnation_at(state_dir, wall_ms)
 }
 
+/// The incarnation that promised as one of two, if one did and none has said since that it counts
+/// no more.
+///
+/// # Errors
+/// [`StateError`].
+pub fn load_promised(state_dir: &Path) -> Result<Option<Incarnation>, StateError> {
+    let path = state_dir.join(PROMISED_FILE);
+    let Some((text, _)) = read(&path, 32)? else {
+        return Ok(None);
+    };
+    let number = text.trim().parse();
+    number.map(|n| Some(Incarnation(n))).map_err(|_| StateError::Content {
+        path,
+        reason: "this is not the number of an incarnation: make certain that the other host of the pool is off or has the registry, then delete the file".into(),
+    })
+}
+
+/// Keep that `promised` promised as one of two, or that none did; on disk when it returns.
+///
+/// # Errors
+/// [`StateError`].
+pub fn save_promised(state_dir: &Path, promised: Option<Incarnation>) -> Result<(), StateError> {
+    if let Some(Incarnation(number)) = promised {
+        return put(state_dir, PROMISED_FILE, &format!("{number}\n"));
+    }
+    let path = state_dir.join(PROMISED_FILE);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(io_error("remove", &path)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn incarnation_at(state_dir: &Path, wall_ms: u64) -> Result<Incarnation, StateError> {
     let path = state_dir.join(INCARNATION_FILE);
     let content = |reason: &str| StateError::Content {
@@ -211,6 +247,25 @@ mod tests {
             load_keys(dir.path()),
             Err(StateError::Content { .. })
         ));
+    }
+
+    #[test]
+    fn which_incarnation_promised_is_kept_until_it_counts_no_more() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(load_promised(dir.path()).unwrap(), None);
+        save_promised(dir.path(), None).unwrap();
+        for life in [Incarnation(7), Incarnation(u64::MAX)] {
+            save_promised(dir.path(), Some(life)).unwrap();
+            assert_eq!(load_promised(dir.path()).unwrap(), Some(life));
+        }
+        save_promised(dir.path(), None).unwrap();
+        assert_eq!(load_promised(dir.path()).unwrap(), None);
+        fs::write(dir.path().join(PROMISED_FILE), "soon").unwrap();
+        let told = load_promised(dir.path()).unwrap_err().to_string();
+        assert!(
+            told.contains("pool.promised") && told.contains("off"),
+            "{told}"
+        );
     }
 
     #[test]

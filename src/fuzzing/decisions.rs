@@ -49,6 +49,7 @@ fn listen(report: &Report) {
         timing,
         watchdog: Some(timing.watchdog),
         power_fencing: true,
+        promised: None,
     };
     let members = (0..3).map(|n| {
         let member = Member {
@@ -61,6 +62,7 @@ fn listen(report: &Report) {
             standing: Standing::In,
             former: None,
             watchdog: Some(timing.watchdog),
+            unbound: None,
         };
         (HostId(n), member)
     });
@@ -113,7 +115,11 @@ fn listen(report: &Report) {
                     }),
                     Action::StopVms { .. } => inputs.push(Input::Stopped),
                     Action::Over => return,
-                    Action::PetUntil(_) | Action::MayRestart { .. } | Action::Alert(_) => {}
+                    Action::Remember(_) => inputs.push(Input::Remembered(true)),
+                    Action::Forget
+                    | Action::PetUntil(_)
+                    | Action::MayRestart { .. }
+                    | Action::Alert(_) => {}
                 }
             }
         }

@@ -204,6 +204,7 @@ fn reports() -> Vec<Seed> {
             vouches: [(HostId(0), (Incarnation(1), Seq(5)))].into(),
             promise: true,
             promised: [HostId(0), HostId(2)].into(),
+            former: true,
         },
         standby_lag: Some(Millis(10)),
         weight: 77,
@@ -230,6 +231,7 @@ fn states() -> Vec<Seed> {
             standing,
             former,
             watchdog: (n > 0).then_some(Millis(5000)),
+            unbound: (n > 1).then_some(9),
         };
         (HostId(n), member)
     };

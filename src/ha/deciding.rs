@@ -11,7 +11,7 @@
 use super::detector::Contacts;
 use super::liveset::{Verdict, judge};
 use super::machine::Config;
-use super::report::Report;
+use super::report::{IN_DOUBT, Report};
 use super::sabotage::{Bug, sabotaged};
 use super::state::{Coordinator, PoolState, Proof, Standing};
 use super::time::Millis;
@@ -22,8 +22,11 @@ use std::collections::{BTreeMap, BTreeSet};
 /// How the giving up of one life of a host goes on, as this host knows.
 #[derive(Clone, Copy, Debug)]
 struct Ousting {
-    /// When the committed ousting was first seen here: at its commit or later.
+    /// When it was first seen here, at its commit or later, that this life is given up and has a
+    /// lease as usual, or is given up.
     since: Millis,
+    /// It has no lease that could be waited out.
+    unbound: bool,
     /// Not before then a fence agent is asked (again); `None` while one is at work.
     ask_from: Option<Millis>,
     /// Its power is off for certain.
@@ -44,22 +47,31 @@ pub(super) struct Oustings {
 }
 
 impl Oustings {
-    /// A committed state was seen at `now`.
-    pub(super) fn follow(&mut self, now: Millis, state: &PoolState) {
-        let ousted: BTreeSet<_> = state
+    /// A committed state was seen at `now`; the power of the lives in `off` is off for certain.
+    pub(super) fn follow(
+        &mut self,
+        now: Millis,
+        state: &PoolState,
+        off: &BTreeSet<(HostId, Incarnation)>,
+    ) {
+        let ousted: BTreeMap<_, _> = state
             .members
             .iter()
             .filter(|(_, member)| member.standing == Standing::Ousted)
-            .map(|(host, member)| (*host, member.incarnation))
+            .map(|(host, member)| ((*host, member.incarnation), member.unbound.is_some()))
             .collect();
-        self.lives.retain(|life, _| ousted.contains(life));
-        for life in ousted {
-            self.lives.entry(life).or_insert(Ousting {
+        self.lives.retain(|life, _| ousted.contains_key(life));
+        for (life, unbound) in ousted {
+            let ousting = self.lives.entry(life).or_insert(Ousting {
                 since: now,
+                unbound,
                 ask_from: Some(now),
-                off: false,
+                off: off.contains(&life),
                 alerted: false,
             });
+            if std::mem::replace(&mut ousting.unbound, unbound) {
+                ousting.since = now;
+            }
         }
     }
 
@@ -105,7 +117,7 @@ impl Oustings {
 
 /// A fence agent that failed is asked again after this time: it had its own deadline, and its
 /// device may be restarting.
-const FENCE_AGAIN: Millis = Millis(10_000);
+pub(super) const FENCE_AGAIN: Millis = Millis(10_000);
 
 /// What a decision rests on.
 pub(super) struct View<'a> {
@@ -293,6 +305,7 @@ fn coordinate(
     let admits = view.may_give_up && oustings.is_time_to_admit(view.state, wait, view.now);
     let changes = [
         admits,
+        bind(view, &mut next),
         oust(view, verdicts, oustings, &mut next),
         prove(view, oustings, &mut next),
     ];
@@ -356,9 +369,21 @@ fn oust(
     changed
 }
 
-/// The watchdog that the life of a lost host had said to be armed with when it joined.
+/// Members that say that they know a state in which they are unbound have a lease as usual.
+fn bind(view: &View<'_>, next: &mut PoolState) -> bool {
+    let mut changed = false;
+    for (host, report) in view.reports {
+        let version = report.registry.version;
+        changed |= version != IN_DOUBT && next.bind(*host, report.incarnation, version);
+    }
+    changed
+}
+
+/// The watchdog that the life of a lost host had said to be armed with when it joined, if it goes
+/// by a lease.
 fn bound(state: &PoolState, host: HostId) -> Option<Millis> {
-    state.members.get(&host)?.watchdog
+    let member = state.members.get(&host)?;
+    member.watchdog.filter(|_| member.unbound.is_none())
 }
 
 fn prove(view: &View<'_>, oustings: &Oustings, next: &mut PoolState) -> bool {
@@ -367,7 +392,7 @@ fn prove(view: &View<'_>, oustings: &Oustings, next: &mut PoolState) -> bool {
         let life = (*host, member.incarnation);
         // What is heard of its next life began with nothing running.
         let farewell = view.contacts.get(*host).is_some_and(|contact| {
-            contact.report.incarnation > member.incarnation
+            contact.report.incarnation > member.incarnation && !contact.report.registry.former
                 || contact.report.incarnation == member.incarnation && contact.report.farewell
         });
         let (standing, what) = match member.standing {

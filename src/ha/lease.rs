@@ -9,6 +9,8 @@
 //!   registry read of its own began that showed this host as a member: good for one lease time
 //!   from when this host *sent* that report.
 //!
+//! - **a promise** of the one other host that may act: [`super::pact`] tells how.
+//!
 //! So a host that lost the registry goes on as long as any other tells that it is still a
 //! member, over any path.
 //!
@@ -80,6 +82,22 @@ impl Lease {
         sent.map(|(_, at)| *at)
     }
 
+    /// Until then nobody gives this host up, as the only one that may has promised.
+    pub fn promised(&mut self, until: Millis) {
+        self.earn(until);
+    }
+
+    /// From now on others may give this host up again: what was earned by a promise counts no more.
+    /// If that makes it shorter, when it ends.
+    pub fn curb(&mut self, now: Millis) -> Option<Millis> {
+        let most = now + self.length;
+        if self.until? <= most {
+            return None;
+        }
+        self.until = Some(most);
+        self.until
+    }
+
     fn earn(&mut self, from: Millis) {
         if !self.revoked {
             self.until = self.until.max(Some(from + self.length));
@@ -140,6 +158,17 @@ mod tests {
         assert_eq!(lease.until(), Some(Millis(5000)));
         lease.vouched(Seq(199));
         assert_eq!(lease.until(), Some(Millis(199 * 500 + 3000)));
+    }
+
+    #[test]
+    fn what_a_promise_earned_is_cut_and_what_a_read_earned_is_not() {
+        let mut lease = Lease::new(L);
+        lease.promised(Millis(30_000));
+        assert_eq!(lease.until(), Some(Millis(33_000)));
+        assert_eq!(lease.curb(Millis(10_000)), Some(Millis(13_000)));
+        lease.own_read(Millis(11_000));
+        assert_eq!(lease.curb(Millis(11_500)), None);
+        assert_eq!(lease.until(), Some(Millis(14_000)));
     }
 
     #[test]

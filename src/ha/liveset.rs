@@ -162,6 +162,7 @@ mod tests {
             standing: Standing::In,
             former: None,
             watchdog: None,
+            unbound: None,
         };
         PoolState {
             members: (0..hosts).map(|n| (HostId(n), member(n))).collect(),

@@ -22,165 +22,20 @@ use super::detector::{Contacts, PathVerdict};
 use super::lease::Lease;
 use super::liveset::{Verdict, judge};
 use super::pact::{Own, Pact};
-use super::report::{Path, RegistryView, Report};
+use super::race::{Race, Side};
+use super::report::{IN_DOUBT, Path, RegistryView, Report};
 use super::sabotage::{Bug, sabotaged};
 use super::state::{Member, PoolState, Proof, Standing};
 use super::time::Millis;
-use super::timing::Timing;
-use crate::pool::{HostId, HostName, Incarnation, Seq};
+use crate::pool::{HostId, Incarnation, Seq};
 use crate::registry::Versioned;
 use std::collections::{BTreeMap, BTreeSet};
 
+mod io;
+pub use io::{Action, Config, Input, Local, Phase, WriteOutcome};
+
 /// The newest report of each host.
 type NewestHeard = BTreeMap<HostId, (Incarnation, Seq)>;
-
-/// Said of the state's version while a write of this host is under way or in doubt.
-const IN_DOUBT: u64 = u64::MAX;
-
-/// What a machine is told at its begin.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// This host.
-    pub me: HostId,
-    /// Its name.
-    pub name: HostName,
-    /// This life of it, higher than all before; nothing of a former life runs any more.
-    pub incarnation: Incarnation,
-    /// The pool's times.
-    pub timing: Timing,
-    /// What this host's watchdog is armed with, if it has one that really resets it.
-    pub watchdog: Option<Millis>,
-    /// Whether hosts can be switched off by a fence agent.
-    pub power_fencing: bool,
-}
-
-/// What this host sees of itself.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Local {
-    /// Age of the gateway's newest answer.
-    pub gateway_age: Option<Millis>,
-    /// Whether the storage of its VMs answers.
-    pub storage_ok: bool,
-    /// Largest replication lag of its standbys.
-    pub standby_lag: Option<Millis>,
-    /// Sum of its VMs' weights.
-    pub weight: u32,
-}
-
-/// How a write of the pool state ended.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum WriteOutcome {
-    /// It is written.
-    Won {
-        /// The version it has.
-        version: u64,
-    },
-    /// Another was faster, or nothing was written.
-    Lost,
-    /// It may be written, or may yet be.
-    Unknown,
-}
-
-/// What happened.
-#[derive(Clone, Debug)]
-pub enum Input {
-    /// Time went on; once a period.
-    Tick,
-    /// An authenticated report came.
-    Heard {
-        /// Over which path.
-        path: Path,
-        /// The report.
-        report: Report,
-    },
-    /// What this host sees of itself, newly.
-    Local(Local),
-    /// The answer to [`Action::Read`]; `None` if there is no state yet, an error if the
-    /// registry gave none.
-    Read(Result<Option<Versioned<PoolState>>, String>),
-    /// The answer to [`Action::Write`].
-    Written(WriteOutcome),
-    /// What became of [`Action::Fence`]. `confirmed` means that the agent, asked anew, said
-    /// that the power is off; an agent's mere success is not that.
-    Fenced {
-        /// The host.
-        host: HostId,
-        /// Its life.
-        incarnation: Incarnation,
-        /// Whether it is off for certain.
-        confirmed: bool,
-    },
-    /// All VMs of this host are stopped, and no process of any is left.
-    Stopped,
-    /// This host is to leave the pool, in order.
-    Leave {
-        /// Why.
-        why: String,
-    },
-}
-
-/// What is to be done.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Action {
-    /// Send this over every path.
-    Publish(Report),
-    /// Read the pool state.
-    Read,
-    /// Compare-and-set the pool state.
-    Write {
-        /// The version it must be at.
-        expected: Option<u64>,
-        /// The value.
-        state: PoolState,
-    },
-    /// Pet the watchdog until then and no longer.
-    PetUntil(Millis),
-    /// Switch that host's power off, and make certain of it.
-    Fence {
-        /// The host.
-        host: HostId,
-        /// Its life.
-        incarnation: Incarnation,
-    },
-    /// Stop all VMs by their isolation response and start none; then [`Input::Stopped`].
-    StopVms {
-        /// Why.
-        why: String,
-    },
-    /// The VMs that this life of the host ran may be restarted elsewhere, each by a
-    /// compare-and-set of its record. Said again after a change of coordinator.
-    MayRestart {
-        /// The host.
-        host: HostId,
-        /// Its life.
-        incarnation: Incarnation,
-        /// Why it runs them no more.
-        proof: Proof,
-    },
-    /// Somebody should look at this.
-    Alert(String),
-    /// This life is over; begin the next one.
-    Over,
-}
-
-/// Where this host is in its life.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Phase {
-    /// Not a member yet.
-    Joining,
-    /// A member, with a lease.
-    Member,
-    /// Its VMs are being stopped.
-    Stopping {
-        /// Why.
-        why: String,
-    },
-    /// Nothing runs, and nothing will.
-    Stopped {
-        /// Why.
-        why: String,
-    },
-}
 
 /// The machine.
 #[derive(Clone, Debug)]
@@ -202,6 +57,11 @@ pub struct Machine {
     /// A write whose fate is unknown: the version that it expected.
     doubt: Option<u64>,
     pact: Pact,
+    race: Race,
+    /// The life of this host that is written down to have promised as one of two.
+    remembered: Option<Incarnation>,
+    /// Whether [`Action::Remember`] is under way.
+    remembering: bool,
     /// The first version that showed this life as a member.
     joined_at: Option<u64>,
     /// Whether a voter has seen it join.
@@ -220,6 +80,8 @@ impl Machine {
         Self {
             contacts: Contacts::new(config.timing, now),
             lease: Lease::new(config.timing.lease),
+            remembered: config.promised,
+            remembering: false,
             config,
             phase: Phase::Joining,
             seq: Seq(0),
@@ -231,6 +93,7 @@ impl Machine {
             writing: None,
             doubt: None,
             pact: Pact::default(),
+            race: Race::default(),
             joined_at: None,
             seen: false,
             registry_at: now,
@@ -305,12 +168,24 @@ impl Machine {
             } => {
                 let confirmed = confirmed || sabotaged(Bug::FenceUnconfirmed);
                 self.oustings.fenced(now, host, incarnation, confirmed);
+                self.race.fenced(now);
+                if confirmed {
+                    self.is_over(now, (host, incarnation), true);
+                }
                 self.decide(now, &mut actions);
+            }
+            Input::Remembered(done) => {
+                self.remembering = false;
+                if done {
+                    self.remembered = Some(self.config.incarnation);
+                }
             }
             Input::Stopped => {
                 if let Phase::Stopping { why } = &self.phase {
                     self.phase = Phase::Stopped { why: why.clone() };
                 }
+                // That it is out it may have read while it stopped.
+                self.end(&mut actions);
             }
             Input::Leave { why } => {
                 if matches!(self.phase, Phase::Joining | Phase::Member) {
@@ -339,13 +214,15 @@ impl Machine {
         }
         self.seq.0 += 1;
         self.lease.sent(self.seq, now);
-        self.promise(now);
+        self.hear_word();
+        self.promise(now, actions);
         actions.push(Action::Publish(self.report(now)));
         if self.reading.is_none() && self.writing.is_none() {
             self.reading = Some((now, self.contacts.newest()));
             actions.push(Action::Read);
         }
         self.decide(now, actions);
+        self.race(now, actions);
         if self.phase == Phase::Member
             && let Some(until) = self.lease.until()
         {
@@ -376,12 +253,16 @@ impl Machine {
                     .as_ref()
                     .map(|state| self.pact.promised(state))
                     .unwrap_or_default(),
+                former: self
+                    .remembered
+                    .is_some_and(|life| life < self.config.incarnation)
+                    && !sabotaged(Bug::PromiseForgotten),
             },
             storage_ok: self.local.storage_ok,
             standby_lag: self.local.standby_lag,
             weight: self.local.weight,
             watchdog: self.config.watchdog,
-            farewell: matches!(self.phase, Phase::Stopped { .. })
+            farewell: self.may_say_farewell()
                 || (sabotaged(Bug::FarewellTooSoon)
                     && matches!(self.phase, Phase::Stopping { .. })),
         }
@@ -397,7 +278,11 @@ impl Machine {
         {
             self.lease.vouched(*seq);
         }
-        self.pact.heard(&report);
+        let lease = &self.lease;
+        self.pact
+            .heard((me, incarnation), &self.config.timing, &report, |seq| {
+                lease.sent_at(seq)
+            });
         self.be_seen(&report);
         // The same again over another path says nothing new.
         if self.contacts.heard(now, path, report) {
@@ -416,56 +301,148 @@ impl Machine {
             && version != IN_DOUBT;
     }
 
-    /// What others say may be an acknowledgement of a promise, or a word to go on by.
+    fn own<'a>(
+        &'a self,
+        state: &'a Versioned<PoolState>,
+        heard: &'a BTreeMap<HostId, &'a Report>,
+    ) -> Own<'a> {
+        Own {
+            me: (self.config.me, self.config.incarnation),
+            timing: &self.config.timing,
+            power_fencing: self.config.power_fencing,
+            state,
+            heard,
+        }
+    }
+
+    fn newest(&self) -> BTreeMap<HostId, &Report> {
+        let newest = self.contacts.iter();
+        newest.map(|(host, c)| (host, &c.report)).collect()
+    }
+
+    /// Whether no write of this host is under way or in doubt.
+    fn knows(&self) -> bool {
+        self.writing.is_none() && self.doubt.is_none()
+    }
+
+    /// What others say may be an acknowledgement of a promise, a promise, or a word to go on by.
     fn hear_word(&mut self) {
         let Some(state) = &self.state else {
             return;
         };
-        let newest = self.contacts.iter().map(|(host, c)| (host, &c.report));
-        let heard = newest.collect();
-        let own = Own {
-            me: (self.config.me, self.config.incarnation),
-            timing: &self.config.timing,
-            state,
-            heard: &heard,
+        let mut pact = std::mem::take(&mut self.pact);
+        let heard = self.newest();
+        let own = self.own(state, &heard);
+        pact.acknowledged(own.me, &heard, |seq| self.lease.sent_at(seq));
+        let (by, until) = if self.knows() {
+            (pact.goes_on_by(own, self.seq), pact.pledged(own))
+        } else {
+            (None, None)
         };
-        let lease = &self.lease;
-        self.pact
-            .acknowledged(own.me, &heard, |seq| lease.sent_at(seq));
-        let known = self.writing.is_none() && self.doubt.is_none();
-        let by = self.pact.goes_on_by(own, self.seq).filter(|_| known);
+        self.pact = pact;
         if let Some(seq) = by {
             self.lease.vouched(seq);
         }
+        if let Some(until) = until {
+            self.lease.promised(until);
+        }
+    }
+
+    /// That life is over for certain; its power is off, or its next life has begun.
+    fn is_over(&mut self, now: Millis, life: (HostId, Incarnation), off: bool) {
+        let mut pact = std::mem::take(&mut self.pact);
+        let heard = self.newest();
+        let state = self.state.as_ref().filter(|_| self.knows());
+        let own = state.map(|state| self.own(state, &heard));
+        pact.is_over(life, off, own, now);
+        self.pact = pact;
     }
 
     /// Before a report is sent: does it promise?
-    fn promise(&mut self, now: Millis) {
+    fn promise(&mut self, now: Millis, actions: &mut Vec<Action>) {
         self.pact.promise_nothing();
         let timing = &self.config.timing;
-        let known = self.writing.is_none() && self.doubt.is_none();
         let stopped = matches!(self.phase, Phase::Stopping { .. } | Phase::Stopped { .. });
         let lost = now.since(self.registry_at) >= timing.registry_lost();
-        let promises = known && (lost || stopped);
+        if !lost && self.phase == Phase::Member && !self.pact.binds_of_two() && !self.remembering {
+            // What a life promised that joined anew, or has the registry back, binds nobody.
+            if self.remembered.take().is_some() {
+                actions.push(Action::Forget);
+            }
+        }
+        let promises = self.knows() && (lost || stopped);
         let Some(state) = self.state.as_ref().filter(|_| promises) else {
             return;
         };
-        let newest = self.contacts.iter().map(|(host, c)| (host, &c.report));
-        let own = Own {
-            me: (self.config.me, self.config.incarnation),
-            timing,
-            state,
-            heard: &newest.collect(),
+        let mut pact = std::mem::take(&mut self.pact);
+        let heard = self.newest();
+        let own = self.own(state, &heard);
+        let written = self.remembered == Some(self.config.incarnation);
+        if own.other_of_two().is_none() || written {
+            pact.promise(own, now, stopped, |seq| self.lease.sent_at(seq));
+        } else if !self.remembering && !stopped {
+            self.remembering = true;
+            actions.push(Action::Remember(self.config.incarnation));
+        }
+        self.pact = pact;
+    }
+
+    /// Of two hosts without a registry: whether to switch the other off.
+    fn race(&mut self, now: Millis, actions: &mut Vec<Action>) {
+        let timing = self.config.timing;
+        let heard = self.newest();
+        let own = self.state.as_ref().map(|state| self.own(state, &heard));
+        let other = own.and_then(|own| own.other_of_two().map(|other| (own, other)));
+        let Some((own, (other, life))) = other else {
+            return self.race.ends();
         };
-        let lease = &self.lease;
-        self.pact
-            .promise(own, now, stopped, |seq| lease.sent_at(seq));
+        let known = heard.get(&other).map(|report| report.incarnation);
+        if known.is_some_and(|known| known > life) {
+            // It does not act before it has joined, and then says what this life promised.
+            let tells = heard.get(&other).is_some_and(|next| next.registry.former);
+            if tells && !self.pact.is_known_over(other, life) {
+                self.is_over(now, (other, life), false);
+            }
+            return self.race.ends();
+        }
+        let registry = now.since(self.registry_at) < timing.network_lost;
+        let pledged = self.pact.pledged(own).is_some_and(|until| now < until);
+        let serves = pledged || self.pact.binds_of_two() && registry;
+        let silent = own.state.value.is_in(other, life)
+            && self.contacts.may_judge(now)
+            && !self.contacts.is_heard(other, life, now);
+        let able = self.phase == Phase::Member && self.lease.holds(now);
+        let over = self.pact.is_known_over(other, life);
+        if !serves || !silent || !able || over {
+            return self.race.ends();
+        }
+        let mine = self.report(now);
+        let side = Side {
+            registry,
+            gateway: mine.reaches_gateway(timing.network_lost),
+            better: heard
+                .get(&other)
+                .is_none_or(|theirs| mine.matters_more_than(theirs)),
+        };
+        if self.race.shoots(now, side.waits(timing.hesitation)) {
+            actions.push(Action::Fence {
+                host: other,
+                incarnation: life,
+            });
+        }
+    }
+
+    /// Nothing runs here; and nobody goes on by a promise that this life is there to keep.
+    fn may_say_farewell(&self) -> bool {
+        let stopped = matches!(self.phase, Phase::Stopped { .. });
+        stopped && !self.pact.binds_of_two()
     }
 
     /// A host that promised and is heard by no majority stops for good.
     fn keep_promise(&mut self, now: Millis, actions: &mut Vec<Action>) {
         let lives = matches!(self.phase, Phase::Joining | Phase::Member);
-        if lives && !self.pact.is_kept(&self.config.timing, now) {
+        let looks = lives || self.pact.binds_of_two();
+        if looks && !self.pact.is_kept(&self.config.timing, now) && lives {
             let why = format!(
                 "without the registry this host promised to give nobody up, and for {} no majority of the pool has heard it: the others may go on without it",
                 self.config.timing.lease
@@ -547,15 +524,16 @@ impl Machine {
         {
             return;
         }
-        self.oustings.follow(now, &found.value);
-        self.pact.follow(&found.value);
         let (me, life) = (self.config.me, self.config.incarnation);
+        self.curb(now, actions);
+        self.oustings.follow(now, &found.value, &self.pact.off());
+        self.pact.follow((me, life), &found.value);
         match found.value.standing(me, life) {
             None => {}
             Some(Standing::In) => {
                 self.joined_at.get_or_insert(found.version);
             }
-            Some(out) => {
+            Some(_) => {
                 self.lease.revoke();
                 let newest = found.value.decisions.iter().rev();
                 let cause = newest
@@ -567,14 +545,21 @@ impl Machine {
                 if matches!(self.phase, Phase::Joining | Phase::Member) {
                     self.stop(why, actions);
                 }
-                let ended = matches!(out, Standing::Dead(_) | Standing::Away);
-                if ended && matches!(self.phase, Phase::Stopped { .. }) && !self.over {
-                    self.over = true;
-                    actions.push(Action::Over);
-                }
             }
         }
         self.state = Some(found);
+        self.end(actions);
+    }
+
+    /// Nothing runs, and the state shows this life over: the next one may begin.
+    fn end(&mut self, actions: &mut Vec<Action>) {
+        let (me, life) = (self.config.me, self.config.incarnation);
+        let standing = self.state.as_ref().map(|s| s.value.standing(me, life));
+        let ended = matches!(standing, Some(Some(Standing::Dead(_) | Standing::Away)));
+        if ended && matches!(self.phase, Phase::Stopped { .. }) && !self.over {
+            self.over = true;
+            actions.push(Action::Over);
+        }
     }
 
     fn stop(&mut self, why: String, actions: &mut Vec<Action>) {
@@ -582,8 +567,21 @@ impl Machine {
         actions.push(Action::StopVms { why });
     }
 
+    /// Others may give this host up again, from what is done next on.
+    fn curb(&mut self, now: Millis, actions: &mut Vec<Action>) {
+        if sabotaged(Bug::LongLease) {
+            return;
+        }
+        if let Some(until) = self.lease.curb(now)
+            && self.phase == Phase::Member
+        {
+            actions.push(Action::PetUntil(until));
+        }
+    }
+
     fn write(&mut self, now: Millis, state: PoolState, actions: &mut Vec<Action>) {
         let expected = self.state.as_ref().map(|state| state.version);
+        self.curb(now, actions);
         self.writing = Some((now, state.clone()));
         actions.push(Action::Write { expected, state });
     }
@@ -612,6 +610,12 @@ impl Machine {
         if known.is_some_and(|known| known.incarnation >= self.config.incarnation) {
             // A later life of this very host, or this one, is out: nothing to join by.
             return;
+        }
+        if let Some(life) = self
+            .remembered
+            .filter(|_| !sabotaged(Bug::PromiseForgotten))
+        {
+            next.unbind_other_of_two((self.config.me, life), state.version);
         }
         self.enter(&mut next);
         let own = self.report(now);
@@ -651,7 +655,7 @@ impl Machine {
         let Some(state) = &self.state else {
             return;
         };
-        if !matches!(self.phase, Phase::Stopped { .. }) || self.writing.is_some() {
+        if !self.may_say_farewell() || self.writing.is_some() {
             return;
         }
         let (me, life) = (self.config.me, self.config.incarnation);
@@ -680,6 +684,7 @@ impl Machine {
             standing: Standing::In,
             former,
             watchdog: config.watchdog,
+            unbound: None,
         };
         state.members.insert(config.me, member);
         let cause = "it began a new life, in which nothing of a former one runs";

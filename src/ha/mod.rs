@@ -22,6 +22,7 @@ pub mod lease;
 pub mod liveset;
 pub mod machine;
 mod pact;
+mod race;
 pub mod report;
 pub mod restart;
 pub(crate) mod sabotage;

@@ -42,8 +42,28 @@
 //! known by its farewell, so who said farewell has no word for itself or others; its promise
 //! lasts.
 //!
+//! # Of two
+//! Of two voters one is no majority. Where nobody else may act and hosts can be switched off, the
+//! two promise otherwise: for [`Timing::promise_of_two`] (P2) from now to give the other up only
+//! once its power is off for certain, to admit nobody, to say neither farewell nor a newer
+//! version. Nobody stops for that. H counts P2 from when it sent the newest report that D had
+//! heard when it promised: D promised later. Until then D does not give H up, so H goes on for
+//! one lease more; see [`Lease::promised`](super::lease::Lease::promised).
+//!
+//! If D falls silent H switches it off ([`super::race`]). If that is confirmed before P2 is over,
+//! or D's next life is heard, D never gave H up and never will: H has **outlived** D, and goes on.
+//!
+//! Then H has no lease that others could wait out. Who may act meanwhile is D's next life alone,
+//! for the pool is orphaned once that life has joined. So D writes down, before its first such
+//! promise, that this life makes one ([`super::machine::Action::Remember`]), and its next life
+//! says in its reports that its begin proves nothing yet. It joins with a write that says of H that it is
+//! **unbound** ([`Member::unbound`](super::state::Member::unbound)): no watchdog bound proves
+//! the death of H, until H has said that it knows a newer version. Once H knows one it goes by
+//! that, and its lease is cut to what is usual ([`Lease::curb`](super::lease::Lease::curb)); so
+//! it is before H writes one.
+//!
 //! Must never: promise with a write under way or in doubt, count a stopped lease anew after a
-//! broken promise.
+//! broken promise, outlive another whose power was confirmed off after P2.
 
 use super::report::Report;
 use super::sabotage::{Bug, sabotaged};
@@ -70,6 +90,15 @@ struct Promise {
     until: Millis,
     /// When the newest own report was sent that a majority of the voters has heard.
     acknowledged: Millis,
+    /// The other, if it is the promise of one of two.
+    of_two: Option<(HostId, Incarnation)>,
+}
+
+/// A promise of the other of two, as it is certain here.
+#[derive(Clone, Copy, Debug)]
+struct Pledge {
+    version: u64,
+    until: Millis,
 }
 
 /// The promises of this host and of the others.
@@ -79,6 +108,11 @@ pub(super) struct Pact {
     promise: Option<Promise>,
     /// Whether the report of this tick promises.
     promises: bool,
+    pledges: BTreeMap<(HostId, Incarnation), Pledge>,
+    /// Lives that are over for certain, and whether that is known by their power.
+    over: BTreeMap<(HostId, Incarnation), bool>,
+    /// The version at which this host has outlived the other of two, and which.
+    outlived: Option<(u64, HostId, Incarnation)>,
 }
 
 /// This host, and what it knows for certain.
@@ -86,6 +120,8 @@ pub(super) struct Pact {
 pub(super) struct Own<'a> {
     pub(super) me: (HostId, Incarnation),
     pub(super) timing: &'a Timing,
+    /// Whether hosts can be switched off.
+    pub(super) power_fencing: bool,
     pub(super) state: &'a Versioned<PoolState>,
     /// The newest report of each other host.
     pub(super) heard: &'a BTreeMap<HostId, &'a Report>,
@@ -115,6 +151,17 @@ impl Own<'_> {
     fn is_voter(&self) -> bool {
         self.state.value.is_voter(self.me.0, self.me.1)
     }
+
+    /// The other of two: both vote, nobody else may act, and hosts can be switched off.
+    pub(super) fn other_of_two(&self) -> Option<(HostId, Incarnation)> {
+        let state = &self.state.value;
+        let mut others = self.others();
+        let (other, life) = others.next()?;
+        let two = others.next().is_none() && state.voters.len() == 2;
+        let vote = self.is_voter() && state.is_voter(other, life);
+        let is_in = state.is_in(self.me.0, self.me.1);
+        (self.power_fencing && two && vote && is_in).then_some((other, life))
+    }
 }
 
 /// The largest number that a majority of the voters reaches, of those that `numbers` are of and,
@@ -131,16 +178,35 @@ fn majority(state: &PoolState, mine: bool, mut numbers: Vec<Seq>) -> Option<Seq>
 
 impl Pact {
     /// A report came; the newest of its life or not.
-    pub(super) fn heard(&mut self, report: &Report) {
+    pub(super) fn heard(
+        &mut self,
+        me: (HostId, Incarnation),
+        timing: &Timing,
+        report: &Report,
+        sent: impl Fn(Seq) -> Option<Millis>,
+    ) {
+        let life = (report.host, report.incarnation);
+        let heard = report.heard.get(&me.0).filter(|h| h.incarnation == me.1);
+        if report.registry.promise
+            && let Some(at) = heard.and_then(|heard| sent(heard.seq))
+        {
+            let (version, length) = (report.registry.version, timing.promise_of_two());
+            let until = at + timing.at_least(length);
+            let pledge = self
+                .pledges
+                .entry(life)
+                .or_insert(Pledge { version, until });
+            if pledge.version != version {
+                *pledge = Pledge { version, until };
+            }
+            pledge.until = pledge.until.max(until);
+        }
         let word = Word {
             seq: report.seq,
             version: report.registry.version,
             promise: report.registry.promise,
         };
-        let known = self
-            .words
-            .entry((report.host, report.incarnation))
-            .or_insert(word);
+        let known = self.words.entry(life).or_insert(word);
         if word.seq > known.seq {
             *known = word;
         }
@@ -148,10 +214,58 @@ impl Pact {
 
     /// A committed state: lives that are neither voters nor the newest that is heard are
     /// forgotten, so that at most two of each host are kept.
-    pub(super) fn follow(&mut self, state: &PoolState) {
+    pub(super) fn follow(&mut self, me: (HostId, Incarnation), state: &PoolState) {
+        // Only the other of two could give this host up, and knows so.
+        if self.binds_of_two() && !state.is_in(me.0, me.1) {
+            self.promise = None;
+        }
         let newest: BTreeMap<HostId, Incarnation> = self.words.keys().copied().collect();
         self.words
             .retain(|(host, life), _| state.is_voter(*host, *life) || newest[host] == *life);
+        self.pledges
+            .retain(|(host, life), _| state.is_voter(*host, *life));
+        self.over
+            .retain(|(host, life), _| state.standing(*host, *life).is_some());
+    }
+
+    /// Until when the other of two, at the version of this host, does not give it up, for certain.
+    pub(super) fn pledged(&self, own: Own<'_>) -> Option<Millis> {
+        let pledge = self.pledges.get(&own.other_of_two()?)?;
+        (pledge.version == own.state.version).then_some(pledge.until)
+    }
+
+    /// That life of a host is over for certain; `off`, if its power is. `own` is `None` with no
+    /// state, or with a write under way or in doubt.
+    pub(super) fn is_over(
+        &mut self,
+        (host, life): (HostId, Incarnation),
+        off: bool,
+        own: Option<Own<'_>>,
+        now: Millis,
+    ) {
+        *self.over.entry((host, life)).or_default() |= off;
+        let promised = self.promise.as_ref().and_then(|promise| promise.of_two);
+        if promised == Some((host, life)) {
+            self.promise = None;
+        }
+        let Some(own) = own.filter(|own| own.other_of_two() == Some((host, life))) else {
+            return;
+        };
+        let in_time = self.pledged(own).is_some_and(|until| now < until);
+        if in_time || sabotaged(Bug::OutlivesTooLate) {
+            self.outlived = Some((own.state.version, host, life));
+        }
+    }
+
+    /// Whether that life is over for certain.
+    pub(super) fn is_known_over(&self, host: HostId, life: Incarnation) -> bool {
+        self.over.contains_key(&(host, life))
+    }
+
+    /// Lives whose power is off for certain.
+    pub(super) fn off(&self) -> BTreeSet<(HostId, Incarnation)> {
+        let off = self.over.iter().filter(|(_, off)| **off);
+        off.map(|(life, _)| *life).collect()
     }
 
     /// Who may act and whose newest word here is a promise at the version of this host.
@@ -177,6 +291,9 @@ impl Pact {
         }
         let mut by = newest;
         for (host, life) in own.others() {
+            if self.outlived == Some((*version, host, life)) {
+                continue;
+            }
             let word = own.says(host, life);
             let word = word.filter(|(report, _)| report.registry.version <= *version);
             let word = word.map(|(_, seq)| seq);
@@ -211,8 +328,24 @@ impl Pact {
             .as_ref()
             .is_some_and(|promise| promise.version != own.state.version);
         let is_in = own.state.value.is_in(own.me.0, own.me.1);
-        // Of two voters neither is a majority: promises serve nobody.
-        if !is_in || own.state.value.voters.len() < 3 || binds_elsewhere {
+        let of_two = own.other_of_two();
+        // Of two voters neither is a majority: if none can be switched off promises serve nobody.
+        let serves = own.state.value.voters.len() > 2 || of_two.is_some();
+        if !is_in || !serves || binds_elsewhere {
+            return;
+        }
+        if let Some(other) = of_two {
+            // It says farewell once it is bound no more.
+            if !stays_stopped && !self.over.contains_key(&other) {
+                self.promise = Some(Promise {
+                    version: own.state.version,
+                    voters: own.state.value.voters.clone(),
+                    until: now + own.timing.promise_of_two(),
+                    acknowledged: now,
+                    of_two,
+                });
+                self.promises = true;
+            }
             return;
         }
         if self.promise.is_none() {
@@ -221,6 +354,7 @@ impl Pact {
                 voters: own.state.value.voters.clone(),
                 until: now,
                 acknowledged: Millis(0),
+                of_two: None,
             });
             self.acknowledged(own.me, own.heard, &sent);
         }
@@ -285,7 +419,8 @@ impl Pact {
             return true;
         };
         let ends = promise.acknowledged + timing.lease;
-        if now >= ends && ends < promise.until && !sabotaged(Bug::PromiseWithoutEnd) {
+        let stops = promise.of_two.is_none();
+        if stops && now >= ends && ends < promise.until && !sabotaged(Bug::PromiseWithoutEnd) {
             return false;
         }
         if now >= promise.until {
@@ -298,6 +433,12 @@ impl Pact {
     pub(super) fn hides(&self, version: u64) -> bool {
         let promise = self.promise.as_ref();
         promise.is_some_and(|promise| promise.version < version)
+    }
+
+    /// Whether the promise of one of two binds this host.
+    pub(super) fn binds_of_two(&self) -> bool {
+        let promise = self.promise.as_ref();
+        promise.is_some_and(|promise| promise.of_two.is_some())
     }
 
     /// Whether a promise binds this host.

@@ -1,10 +1,10 @@
 //! What every host says of itself and of the others with every heartbeat.
 //!
-//! The layout, version 2, little-endian; a frame around it (not this file's) has the sender's
+//! The layout, version 3, little-endian; a frame around it (not this file's) has the sender's
 //! name, incarnation and number, and authenticates all:
 //!
 //! ```text
-//!  u8 version = 1 | u8 host | u64 incarnation | u64 seq | u8 flags (1 storage, 2 farewell, 4 promise)
+//!  u8 version | u8 host | u64 incarnation | u64 seq | u8 flags (1 storage, 2 farewell, 4 promise, 8 former)
 //!  u16 gateway age | u16 registry age | u64 state version | u64 promised (a bit a host)
 //!  u16 standby lag | u32 weight
 //!  u16 watchdog | u8 n, n x heard | u8 m, m x vouch
@@ -12,7 +12,7 @@
 //!  vouch: u8 host | u64 incarnation | u64 seq
 //! ```
 //!
-//! Versions: 1, the first; 2 has promises.
+//! Versions: 1, the first; 2 has promises; 3 tells of those of a former life.
 //!
 //! Ages and lengths are in units of 10 ms; 0xffff is "never, none". A path below 0x80 is a
 //! network, from there on a storage.
@@ -22,10 +22,11 @@
 
 use super::time::Millis;
 use crate::pool::{HostId, Incarnation, POOL_HOSTS_MAX, Seq};
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Layout version that is written.
-pub const REPORT_VERSION: u8 = 2;
+pub const REPORT_VERSION: u8 = 3;
 /// Most bytes of a report: sealed (`beat::PACKET_BYTES_MAX`), it fits a host's block of the
 /// statefile.
 pub const REPORT_BYTES_MAX: usize = 3744;
@@ -49,6 +50,7 @@ const NEVER: u16 = u16::MAX;
 const FLAG_STORAGE: u8 = 1;
 const FLAG_FAREWELL: u8 = 2;
 const FLAG_PROMISE: u8 = 4;
+const FLAG_FORMER: u8 = 8;
 const STORAGE_BASE: u8 = 0x80;
 
 /// One way for a host's reports to come here.
@@ -85,6 +87,9 @@ pub struct RegistryView {
     pub promise: bool,
     /// The members at that version whose newest word here is a promise at that version.
     pub promised: BTreeSet<HostId>,
+    /// A former life of it promised as one of two: that it is over counts only once this life has
+    /// joined and said so.
+    pub former: bool,
 }
 
 /// One report of one host.
@@ -135,7 +140,21 @@ pub enum BadReport {
     },
 }
 
+/// Said of the state's version while a write of the host is under way or in doubt.
+pub const IN_DOUBT: u64 = u64::MAX;
+
 impl Report {
+    /// Whether the sender's standbys are fresher than that of `other`, or its VMs heavier; and only
+    /// last, whether its number is lower.
+    #[must_use]
+    pub fn matters_more_than(&self, other: &Self) -> bool {
+        let matters = |report: &Self| {
+            let lag = report.standby_lag.unwrap_or(Millis(u64::MAX));
+            (lag, Reverse(report.weight), report.host)
+        };
+        matters(self) < matters(other)
+    }
+
     /// Whether the gateway answered within `fresh`.
     #[must_use]
     pub fn reaches_gateway(&self, fresh: Millis) -> bool {
@@ -156,7 +175,8 @@ impl Report {
         } else {
             0
         };
-        out.push(storage | farewell | promise);
+        let former = if self.registry.former { FLAG_FORMER } else { 0 };
+        out.push(storage | farewell | promise | former);
         put_length(&mut out, self.gateway_age);
         put_length(&mut out, self.registry.age);
         out.extend(self.registry.version.to_le_bytes());
@@ -203,7 +223,7 @@ impl Report {
         let incarnation = Incarnation(cursor.u64()?);
         let seq = Seq(cursor.u64()?);
         let flags = cursor.u8()?;
-        if flags & !(FLAG_STORAGE | FLAG_FAREWELL | FLAG_PROMISE) != 0 {
+        if flags & !(FLAG_STORAGE | FLAG_FAREWELL | FLAG_PROMISE | FLAG_FORMER) != 0 {
             return Err(value("flags", flags));
         }
         let gateway_age = cursor.length()?;
@@ -255,6 +275,7 @@ impl Report {
                 vouches,
                 promise: flags & FLAG_PROMISE != 0,
                 promised: hosts_of(bits),
+                former: flags & FLAG_FORMER != 0,
             },
             storage_ok: flags & FLAG_STORAGE != 0,
             standby_lag,
@@ -401,6 +422,7 @@ mod tests {
                     .collect(),
                 promise: true,
                 promised: [HostId(0), HostId(63)].into(),
+                former: true,
             },
             storage_ok: true,
             standby_lag: Some(Millis(10)),

@@ -27,6 +27,12 @@ pub(crate) enum Bug {
     WordAfterFarewell,
     /// A member that hears nobody else takes all others for lost at once, though it stood still.
     StallUnnoticed,
+    /// Of two the one goes on though the other's power was confirmed off after its promise.
+    OutlivesTooLate,
+    /// The next life of one that promised as one of two does not tell that it did.
+    PromiseForgotten,
+    /// A lease earned by a promise is not cut when others may give the host up again.
+    LongLease,
 }
 
 #[cfg(not(test))]

@@ -100,6 +100,10 @@ pub struct Member {
     /// What its watchdog is armed with in this life, if it has one that really resets it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watchdog: Option<Millis>,
+    /// It may go on without a lease that others could wait out, until it says that it knows a
+    /// newer version than this: see [`super::pact`]. No watchdog bound proves its death.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unbound: Option<u64>,
 }
 
 /// Who decides now.
@@ -279,6 +283,32 @@ impl PoolState {
             .map_or_else(|| host.to_string(), |member| member.name.to_string())
     }
 
+    /// A life of a host that promised as one of two is over: the other, if it may still live, may
+    /// go on by that promise, at `version` and no later one.
+    pub fn unbind_other_of_two(&mut self, promised: (HostId, Incarnation), version: u64) {
+        if self.voters.len() != 2 || !self.is_voter(promised.0, promised.1) {
+            return;
+        }
+        let other = self.voters.iter().find(|(host, _)| **host != promised.0);
+        let Some((host, life)) = other.map(|(host, life)| (*host, *life)) else {
+            return;
+        };
+        if self.may_live(host, life)
+            && let Some(member) = self.members.get_mut(&host)
+        {
+            member.unbound = Some(version);
+        }
+    }
+
+    /// That life of a host knows `version`: it goes by that, and has a lease as usual. Whether
+    /// that was unknown.
+    pub fn bind(&mut self, host: HostId, incarnation: Incarnation, version: u64) -> bool {
+        let member = self.members.get_mut(&host);
+        let member = member.filter(|member| member.incarnation == incarnation);
+        let knows = |unbound: &mut u64| version > *unbound;
+        member.is_some_and(|member| member.unbound.take_if(knows).is_some())
+    }
+
     /// Note a decision.
     pub fn decide(&mut self, by: HostId, about: HostId, what: &str, cause: &str) {
         if self.decisions.len() == DECISIONS_MAX {
@@ -318,6 +348,7 @@ mod tests {
             standing: Standing::In,
             former: None,
             watchdog: None,
+            unbound: None,
         };
         PoolState {
             term: 1,
@@ -352,6 +383,7 @@ mod tests {
                 standing: Standing::In,
                 former: None,
                 watchdog: None,
+                unbound: None,
             };
             state.members.insert(HostId(n), member);
         }
@@ -371,6 +403,26 @@ mod tests {
     }
 
     #[test]
+    fn the_other_of_two_is_unbound_until_it_knows_a_newer_version() {
+        let mut state = state();
+        state.admit();
+        let (a, b) = ((HostId(0), Incarnation(1)), (HostId(1), Incarnation(1)));
+        let unbound = |state: &PoolState| state.members[&HostId(1)].unbound;
+        // A life that does not vote promised nothing that matters.
+        state.unbind_other_of_two((HostId(0), Incarnation(2)), 7);
+        assert_eq!(unbound(&state), None);
+        state.unbind_other_of_two(a, 7);
+        assert_eq!(unbound(&state), Some(7));
+        assert!(!state.bind(b.0, b.1, 7) && !state.bind(b.0, Incarnation(2), 8));
+        assert!(state.bind(b.0, b.1, 8) && !state.bind(b.0, b.1, 8));
+        assert_eq!(unbound(&state), None);
+        // One that is over, or is not one of two, needs nothing.
+        state.become_standing(HostId(1), Standing::Away);
+        state.unbind_other_of_two(a, 9);
+        assert_eq!(unbound(&state), None);
+    }
+
+    #[test]
     fn the_largest_state_fits_and_comes_back_as_it_was() {
         let mut state = PoolState::default();
         for n in 0..64 {
@@ -382,6 +434,7 @@ mod tests {
                 }),
                 former: Some((Incarnation(u64::MAX), Proof::PowerOff)),
                 watchdog: Some(Millis(5000)),
+                unbound: Some(u64::MAX),
             };
             state.members.insert(HostId(n), member);
             state.voters.insert(HostId(n), Incarnation(u64::MAX));

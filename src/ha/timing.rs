@@ -56,17 +56,30 @@ impl Timing {
     }
 
     /// For so long the registry has not been read when a host begins to promise; see
-    /// [`super::pact`]. As late as a lease by the registry allows, for a promise delays decisions
-    /// once the registry is back: an election of etcd's leader is shorter.
+    /// [`super::pact`]. Longer than etcd needs to choose another leader, with a call that finds
+    /// none, for a promise delays decisions once the registry is back.
     #[must_use]
     pub const fn registry_lost(&self) -> Millis {
-        Millis(self.lease.0 - 2 * self.period.0)
+        Millis(self.lease.0 + 2 * self.period.0)
     }
 
     /// How long a promise binds. More than a lease: who is cut off has stopped before.
     #[must_use]
     pub const fn promise(&self) -> Millis {
         Millis(self.lease.0 + self.period.0)
+    }
+
+    /// How long a promise of one of two binds: so long the other has to make certain that its
+    /// power is off. A fence agent takes some seconds, and the worse side lets the better be first.
+    #[must_use]
+    pub const fn promise_of_two(&self) -> Millis {
+        Millis(6 * self.lease.0)
+    }
+
+    /// What `length` on another host's clock is here at the least.
+    #[must_use]
+    pub const fn at_least(&self, length: Millis) -> Millis {
+        Millis(length.0 - length.0 * self.rates_permille / 1000)
     }
 
     /// The **watchdog bound**: how long after an ousting is committed the ousted host is dead at

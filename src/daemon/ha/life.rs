@@ -4,10 +4,13 @@
 //! thread of its own; nothing here waits for the registry, a disk, an agent or a VM.
 
 use super::isolating::{Manner, stop_all};
+use super::notes::Notes;
 use super::storage::{self, StorageBeats};
 use super::watchdog::HostWatchdog;
 use super::{Event, Setup};
-use crate::beat::{Inbox, Network, NetworkIndex, Peer, Transport, TransportConfig, load_keys};
+use crate::beat::{
+    Inbox, Network, NetworkIndex, Peer, Transport, TransportConfig, load_keys, load_promised,
+};
 use crate::fence::job::{Job, Outcome};
 use crate::fence::watchdog::BootNs;
 use crate::ha::detector::Listening;
@@ -47,6 +50,7 @@ pub(super) struct Life<'a> {
     listening: Listening,
     transport: Transport,
     storage: Option<StorageBeats>,
+    notes: Notes,
     watchdog: Option<HostWatchdog>,
     fences: BTreeMap<(HostId, Incarnation), Job>,
     inbox: Receiver<Event>,
@@ -115,6 +119,7 @@ impl<'a> Life<'a> {
             timing,
             watchdog: place.map(|_| timing.watchdog),
             power_fencing: setup.fencing.is_some(),
+            promised: load_promised(&setup.state_dir).map_err(|e| e.to_string())?,
         };
         tracing::info!(incarnation = incarnation.0, "a life in the pool begins");
         let now = boot_now();
@@ -125,6 +130,8 @@ impl<'a> Life<'a> {
             listening: Listening::new(timing, now),
             transport,
             storage,
+            notes: Notes::start(setup.state_dir.clone(), tell.clone())
+                .map_err(|e| format!("no thread to write down promises: {e}"))?,
             watchdog: place.map(|place| HostWatchdog::new(place, duration(timing.watchdog))),
             fences: BTreeMap::new(),
             inbox,
@@ -250,6 +257,7 @@ impl<'a> Life<'a> {
                     watchdog.disarm();
                 }
             }
+            Event::Remembered(done) => self.input(Input::Remembered(done)),
             Event::Leave => {
                 if !std::mem::replace(&mut self.leaving, true) {
                     self.input(Input::Leave {
@@ -337,6 +345,8 @@ impl<'a> Life<'a> {
             Action::Write { expected, state } => self.write(expected, &state),
             Action::PetUntil(until) => self.pet_until(until),
             Action::Fence { host, incarnation } => self.fence(host, incarnation),
+            Action::Remember(life) => self.notes.write(Some(life)),
+            Action::Forget => self.notes.write(None),
             Action::StopVms { why } => self.stop_vms(why),
             Action::MayRestart { host, proof, .. } => {
                 tracing::warn!("the VMs of {} may be restarted: {proof}", self.name(host));

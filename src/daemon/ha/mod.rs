@@ -19,6 +19,7 @@ mod disks;
 mod gate;
 mod isolating;
 mod life;
+mod notes;
 mod restarts;
 mod showing;
 mod storage;
@@ -74,6 +75,8 @@ enum Event {
     Written(WriteOutcome, Option<String>),
     /// All VMs are stopped.
     Stopped,
+    /// Whether what was to be written down is on disk.
+    Remembered(bool),
     /// The daemon is told to end.
     Leave,
 }

@@ -560,6 +560,7 @@ mod tests {
             standing,
             former: None,
             watchdog: None,
+            unbound: None,
         };
         let facts = HostFacts {
             name: host("b"),

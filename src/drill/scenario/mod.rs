@@ -262,7 +262,8 @@ fn do_event(
         | Event::CutNetwork(Network::Interconnect, _)
         | Event::Lose(_)
         | Event::TakeGateway(_)
-        | Event::GiveGateway(_) => return Err("a lab does not have this".into()),
+        | Event::GiveGateway(_)
+        | Event::FenceAgents(_) => return Err("a lab does not have this".into()),
     }
     Ok(())
 }

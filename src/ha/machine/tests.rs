@@ -1,6 +1,8 @@
 //! Several machines in virtual time: networks, disks, a registry, watchdogs, fence agents.
 
 use super::*;
+use crate::ha::timing::Timing;
+use crate::pool::HostName;
 use crate::sim::Rng;
 use std::collections::VecDeque;
 
@@ -30,6 +32,8 @@ struct Host {
     inbox: VecDeque<(u64, Input)>,
     boot_at: Option<u64>,
     resets: u32,
+    /// What is written down on it.
+    promised: Option<Incarnation>,
 }
 
 struct World {
@@ -86,6 +90,7 @@ impl World {
                 inbox: VecDeque::new(),
                 boot_at: Some(n as u64 * 70),
                 resets: 0,
+                promised: None,
             });
         }
         world
@@ -155,6 +160,7 @@ impl World {
             timing: Timing::DEFAULT,
             watchdog: self.watchdog.then_some(Timing::DEFAULT.watchdog),
             power_fencing: self.fencing.is_some(),
+            promised: host.promised,
         };
         host.machine = Some(Machine::new(config, Millis(self.now)));
     }
@@ -340,6 +346,12 @@ impl World {
                 };
                 self.hosts[n].inbox.push_back((now + takes, done));
             }
+            Action::Remember(life) => {
+                let host = &mut self.hosts[n];
+                host.promised = Some(life);
+                host.inbox.push_back((now + STEP, Input::Remembered(true)));
+            }
+            Action::Forget => self.hosts[n].promised = None,
             Action::StopVms { .. } => {
                 self.hosts[n]
                     .inbox
@@ -592,6 +604,88 @@ fn without_registry_a_minority_stops_and_stays_stopped_when_it_is_back() {
 }
 
 #[test]
+fn of_two_without_registry_one_goes_on_once_the_other_is_switched_off() {
+    for dies in [0, 1] {
+        let mut world = World::formed(2).fenced(3000);
+        registry(&mut world, 0..2, false);
+        world.run(20_000);
+        world.crash(dies);
+        world.run(120_000);
+        assert_eq!(world.members(), [1 - dies], "{dies}");
+        assert!(world.resets().iter().all(|n| *n == 0) && world.may_restart.is_empty());
+        registry(&mut world, 0..2, true);
+        // Its power is known to be off: no agent is waited for.
+        let took = world.until("may restart", 3_000, |w| !w.may_restart.is_empty());
+        assert!(
+            matches!(world.may_restart[0], (.., Proof::PowerOff)),
+            "{took}"
+        );
+        assert_eq!(usize::from(world.may_restart[0].1), dies);
+    }
+}
+
+#[test]
+fn of_two_without_registry_one_whose_other_cannot_be_switched_off_stops() {
+    let mut world = World::formed(2).fenced(3000);
+    world.fence_works = false;
+    registry(&mut world, 0..2, false);
+    world.run(20_000);
+    world.crash(1);
+    // A promise, from half a second before the crash, and a lease.
+    world.run(30_000);
+    assert_eq!(world.members(), [0]);
+    world.until("it stops", 6_000, |w| !w.hosts[0].effect);
+    assert!(world.may_restart.is_empty());
+}
+
+#[test]
+fn of_two_without_registry_whose_link_is_cut_the_side_of_the_clients_goes_on() {
+    for good in [0, 1] {
+        let mut world = World::formed(2).fenced(1000);
+        registry(&mut world, 0..2, false);
+        world.run(20_000);
+        world.hosts[1 - good].gateway = false;
+        world.cut(0, 1, false);
+        world.run(60_000);
+        assert_eq!(world.members(), [good]);
+        assert_eq!(world.resets(), [0, 0]);
+        assert!(world.hosts[1 - good].machine.is_none());
+    }
+}
+
+#[test]
+fn the_next_life_of_one_that_promised_waits_out_no_watchdog_of_the_other() {
+    let mut world = World::formed(2).fenced(1000);
+    registry(&mut world, 0..2, false);
+    world.run(20_000);
+    world.crash(1);
+    world.run(20_000);
+    assert_eq!(world.members(), [0]);
+    // It comes back, alone with the registry, and its agent cannot reach the other.
+    world.cut(0, 1, false);
+    world.fence_works = false;
+    registry(&mut world, [1], true);
+    world.start(1);
+    world.until("it gives the other up", 20_000, |w| {
+        w.registry.as_ref().unwrap().1.members[&HostId(0)].standing == Standing::Ousted
+    });
+    world.run(60_000);
+    assert!(world.hosts[0].effect);
+    assert!(
+        world.may_restart.iter().all(|(_, host, ..)| *host == 1),
+        "{:?}",
+        world.may_restart
+    );
+    // The other learns of it, and says itself that nothing of it runs any more.
+    registry(&mut world, [0], true);
+    world.until("may restart", 15_000, |w| {
+        w.may_restart.iter().any(|(_, host, ..)| *host == 0)
+    });
+    world.run(20_000);
+    assert_eq!(world.members(), [0, 1]);
+}
+
+#[test]
 fn a_part_of_a_pool_that_lost_power_whole_goes_on_without_the_rest() {
     for stays_off in [0, 2] {
         let mut world = World::formed(3);
@@ -692,6 +786,27 @@ fn a_coordinator_that_stood_still_for_20_s_does_nothing_late() {
             .iter()
             .any(|(_, host, life, _)| (*host, *life) == (0, 1))
     );
+}
+
+#[test]
+fn a_host_that_finds_itself_dead_begins_anew_though_nothing_else_changes() {
+    let mut world = World::new(3);
+    world.watchdog = false;
+    world.run(15_000);
+    let mut world = world.fenced(500);
+    world.fence_works = false;
+    world.hosts[2].frozen_until = world.now + 30_000;
+    world.until("given up", 10_000, |w| {
+        w.state().members[&HostId(2)].standing == Standing::Ousted
+    });
+    // Somebody says so, and has made certain.
+    world.hosts[2].effect = false;
+    let (version, mut state) = world.registry.clone().unwrap();
+    state.become_standing(HostId(2), Standing::Dead(Proof::PowerOff));
+    world.registry = Some((version + 1, state));
+    world.until("its next life is a member", 40_000, |w| {
+        w.members() == [0, 1, 2] && w.hosts[2].life == 2
+    });
 }
 
 #[test]

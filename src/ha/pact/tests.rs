@@ -16,6 +16,7 @@ fn state(n: u8) -> Versioned<PoolState> {
             standing: Standing::In,
             former: None,
             watchdog: None,
+            unbound: None,
         };
         value.members.insert(HostId(host), member);
     }
@@ -50,14 +51,24 @@ fn report(host: u8, seq: u64, mine: u64, promise: bool, promised: &[u8]) -> Repo
     }
 }
 
+/// When an own report was sent.
+fn sent(seq: Seq) -> Option<Millis> {
+    Some(Millis(seq.0 * 500))
+}
+
+fn hear(pact: &mut Pact, report: &Report) {
+    pact.heard(ME, &Timing::DEFAULT, report, sent);
+}
+
 fn goes_on_by(hosts: u8, reports: &[Report]) -> Option<u64> {
     let mut pact = Pact::default();
-    reports.iter().for_each(|report| pact.heard(report));
+    reports.iter().for_each(|report| hear(&mut pact, report));
     let state = state(hosts);
     let heard = reports.iter().map(|report| (report.host, report)).collect();
     let own = Own {
         me: ME,
         timing: &Timing::DEFAULT,
+        power_fencing: false,
         state: &state,
         heard: &heard,
     };
@@ -122,17 +133,17 @@ fn who_said_farewell_has_no_word_but_its_promise_lasts() {
 fn the_word_of_a_life_outlives_its_next_life() {
     let mut pact = Pact::default();
     let state = state(3);
-    pact.heard(&report(2, 5, 50, true, &[]));
+    hear(&mut pact, &report(2, 5, 50, true, &[]));
     let mut next = report(2, 1, 0, false, &[]);
     next.incarnation = Incarnation(2);
-    pact.heard(&next);
-    pact.heard(&report(2, 4, 50, false, &[]));
-    pact.follow(&state.value);
+    hear(&mut pact, &next);
+    hear(&mut pact, &report(2, 4, 50, false, &[]));
+    pact.follow(ME, &state.value);
     assert_eq!(pact.promised(&state), [HostId(2)].into());
     // But not when it is no voter any more.
     let mut gone = state.clone();
     gone.value.voters.remove(&HostId(2));
-    pact.follow(&gone.value);
+    pact.follow(ME, &gone.value);
     assert_eq!(pact.words.len(), 1);
 }
 
@@ -144,10 +155,11 @@ fn promised() -> (Pact, Versioned<PoolState>) {
     let own = Own {
         me: ME,
         timing: &Timing::DEFAULT,
+        power_fencing: false,
         state: &state,
         heard: &heard,
     };
-    pact.promise(own, Millis(10_000), false, |seq| Some(Millis(seq.0 * 500)));
+    pact.promise(own, Millis(10_000), false, sent);
     assert!(pact.promises() && pact.binds());
     (pact, state)
 }
@@ -163,7 +175,7 @@ fn who_promised_and_is_heard_by_no_majority_stops_for_good() {
     // Heard in time by one more of three, which is a majority: it is free when the promise ends.
     let b = report(1, 11, 22, false, &[]);
     let heard = BTreeMap::from([(HostId(1), &b)]);
-    pact.acknowledged(ME, &heard, |seq| Some(Millis(seq.0 * 500)));
+    pact.acknowledged(ME, &heard, sent);
     assert!(pact.is_kept(&timing, Millis(15_499)) && pact.binds());
     assert!(pact.is_kept(&timing, Millis(15_500)) && !pact.binds());
 }
@@ -177,10 +189,114 @@ fn one_that_is_heard_by_no_majority_or_is_one_of_two_promises_nothing() {
         let own = Own {
             me: ME,
             timing: &Timing::DEFAULT,
+            power_fencing: false,
             state: &state,
             heard: &heard,
         };
-        pact.promise(own, Millis(10_000), false, |seq| Some(Millis(seq.0 * 500)));
+        pact.promise(own, Millis(10_000), false, sent);
         assert!(!pact.promises() && !pact.binds());
     }
+}
+
+/// What this host, one of two that can be switched off, knows with these reports heard.
+fn of_two<T>(reports: &[&Report], check: impl FnOnce(Own<'_>) -> T) -> T {
+    let state = state(2);
+    let heard = reports.iter().map(|report| (report.host, *report));
+    check(Own {
+        me: ME,
+        timing: &Timing::DEFAULT,
+        power_fencing: true,
+        state: &state,
+        heard: &heard.collect(),
+    })
+}
+
+const OTHER: (HostId, Incarnation) = (HostId(1), Incarnation(1));
+
+#[test]
+fn the_promise_of_the_other_of_two_counts_from_the_own_report_that_it_had_heard() {
+    let mut pact = Pact::default();
+    // It had heard report 20, sent at 10 s; its clock may be 2 % fast.
+    let promise = report(1, 9, 20, true, &[]);
+    let until = Millis(10_000 + 30_000 * 98 / 100);
+    hear(&mut pact, &promise);
+    assert_eq!(of_two(&[&promise], |own| pact.pledged(own)), Some(until));
+    // A later report that promises nothing takes nothing back; nor does one that came late.
+    hear(&mut pact, &report(1, 10, 22, false, &[]));
+    hear(&mut pact, &report(1, 8, 18, true, &[]));
+    assert_eq!(of_two(&[&promise], |own| pact.pledged(own)), Some(until));
+    // It is worth nothing at another version, or where another may act as well.
+    let mut newer = state(2);
+    newer.version = V + 1;
+    let heard = BTreeMap::new();
+    let own = Own {
+        me: ME,
+        timing: &Timing::DEFAULT,
+        power_fencing: true,
+        state: &newer,
+        heard: &heard,
+    };
+    assert_eq!(pact.pledged(own), None);
+    let three = state(3);
+    assert_eq!(
+        pact.pledged(Own {
+            state: &three,
+            ..own
+        }),
+        None
+    );
+}
+
+#[test]
+fn of_two_one_goes_on_once_the_others_power_is_off_before_its_promise_ends() {
+    let promise = report(1, 9, 20, true, &[]);
+    let goes_on = |off_at: u64, version: u64| {
+        let mut pact = Pact::default();
+        hear(&mut pact, &promise);
+        let known = of_two(&[&promise], |own| {
+            let state = Versioned {
+                version,
+                ..own.state.clone()
+            };
+            let own = Own {
+                state: &state,
+                ..own
+            };
+            pact.is_over(OTHER, true, Some(own), Millis(off_at));
+            pact.off()
+        });
+        assert_eq!(known, [OTHER].into());
+        of_two(&[&promise], |own| pact.goes_on_by(own, Seq(100)))
+    };
+    assert_eq!(goes_on(39_399, V), Some(Seq(100)));
+    // Its own old word is all that there is else.
+    assert_eq!(goes_on(39_400, V), Some(Seq(20)));
+    assert_eq!(goes_on(20_000, V + 1), Some(Seq(20)));
+}
+
+#[test]
+fn the_promise_of_one_of_two_stops_nobody_and_ends_with_the_other() {
+    let timing = Timing::DEFAULT;
+    let b = report(1, 9, 20, false, &[]);
+    let mut pact = Pact::default();
+    of_two(&[&b], |own| pact.promise(own, Millis(10_000), false, sent));
+    assert!(pact.promises() && pact.binds() && pact.binds_of_two());
+    assert!(pact.hides(V + 1) && !pact.hides(V));
+    assert!(pact.is_kept(&timing, Millis(39_999)) && pact.binds());
+    let mut over = pact.clone();
+    of_two(&[&b], |own| {
+        over.is_over(OTHER, true, Some(own), Millis(20_000))
+    });
+    assert!(!over.binds());
+    // And nothing is promised to one that is over, or by one that stops.
+    of_two(&[&b], |own| over.promise(own, Millis(20_500), false, sent));
+    assert!(!over.promises() && !over.binds());
+    let mut given_up = pact.clone();
+    let mut ousted = state(2);
+    ousted.value.become_standing(ME.0, Standing::Ousted);
+    given_up.follow(ME, &ousted.value);
+    assert!(!given_up.binds());
+    assert!(pact.is_kept(&timing, Millis(40_000)) && !pact.binds());
+    of_two(&[&b], |own| pact.promise(own, Millis(41_000), true, sent));
+    assert!(!pact.promises() && !pact.binds());
 }

@@ -87,6 +87,7 @@ impl World {
             Event::GiveDisk(disk, who) => self.set_disk(disk, who, true),
             Event::TakeGateway(who) => self.set_gateway(who, false),
             Event::GiveGateway(who) => self.set_gateway(who, true),
+            Event::FenceAgents(work) => self.fence_works = work,
             Event::StopLeader => {
                 let until = self.now + self.rng.between(ELECTION_MS.0, ELECTION_MS.1);
                 if let Registry::Etcd(register) = &mut self.registry {

@@ -31,6 +31,8 @@ pub(super) struct Host {
     pub(super) client: Option<paxos::Client>,
     pub(super) boots: bool,
     pub(super) resets: u32,
+    /// What is written down on it: the life that promised as one of two.
+    pub(super) promised: Option<Incarnation>,
     /// A fault was about it.
     pub(super) touched: bool,
 }
@@ -58,6 +60,7 @@ impl Host {
             client: None,
             boots: false,
             resets: 0,
+            promised: None,
             touched: false,
         }
     }
@@ -100,6 +103,7 @@ impl Host {
             timing: Timing::DEFAULT,
             watchdog: watchdog.then_some(Timing::DEFAULT.watchdog),
             power_fencing: fencing,
+            promised: self.promised,
         };
         self.machine = Some(Machine::new(config, self.clock(now)));
     }

@@ -72,10 +72,14 @@ random = { faults = 15, within = \"60 s\" }
 
 /// The seed within a thousand that finds the bug in any of the cases.
 fn found(bug: Bug) -> Option<(String, u64)> {
-    let scenario = Scenario::parse(RANDOM, "random").unwrap();
+    let mut cases = Scenario::parse(RANDOM, "random").unwrap().cases;
+    let lost = scenarios()
+        .into_iter()
+        .find(|(name, _)| name == "registry-lost");
+    cases.extend(lost.unwrap().1.cases);
     with_bug(bug, || {
         (1..=1000).find_map(|seed| {
-            scenario.cases.iter().find_map(|case| {
+            cases.iter().find_map(|case| {
                 let (violation, _) = run_case(case, seed, false).err()?;
                 Some((violation.invariant.to_owned(), seed))
             })
@@ -107,6 +111,9 @@ fn every_bug_put_back_is_found_within_a_thousand_seeds() {
         Bug::PromiseBroken,
         Bug::PromiseWithoutEnd,
         Bug::JoinerDecides,
+        Bug::OutlivesTooLate,
+        Bug::PromiseForgotten,
+        Bug::LongLease,
     ] {
         let found = found(bug);
         eprintln!("{bug:?}: {found:?}");

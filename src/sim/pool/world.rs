@@ -20,6 +20,8 @@ use std::rc::Rc;
 const ETCD_CALL_MS: u64 = 1000;
 /// VMs are stopped within.
 const STOP_MS: (u64, u64) = (20, 800);
+/// A file of a host is on its disk within.
+const WRITE_DOWN_MS: (u64, u64) = (1, 300);
 /// A heartbeat through storage is found by its reader within.
 const STORAGE_MS: (u64, u64) = (10, 700);
 /// A packet takes.
@@ -45,6 +47,8 @@ pub(super) enum Item {
     Thaw(usize),
     Dog(usize, u64),
     Stall(usize),
+    /// A fence agent cuts the power of a host.
+    PowerOff(usize),
     Fault(usize),
 }
 
@@ -221,9 +225,9 @@ impl World {
         Some(usize::from(coordinator.host.0))
     }
 
-    /// Whether anything can prove a death here.
-    pub(super) fn has_proofs(&self) -> bool {
-        self.watchdog || (self.fencing.is_some() && self.fence_works)
+    /// Whether anything can prove the death of a host, `unbound` or not.
+    pub(super) fn has_proofs(&self, unbound: bool) -> bool {
+        (self.watchdog && !unbound) || (self.fencing.is_some() && self.fence_works)
     }
 
     pub(super) fn all_members(&self) -> bool {
@@ -293,6 +297,10 @@ impl World {
             Item::Thaw(n) => self.thaw(n),
             Item::Dog(n, life) => self.dog(n, life),
             Item::Stall(n) => self.stall(n),
+            Item::PowerOff(n) => {
+                self.trace(|_| format!("the power of {} is cut", super::host::name(n)));
+                self.crash(n);
+            }
             Item::Fault(index) => self.fault(self.faults[index]),
         }
     }
@@ -604,6 +612,9 @@ impl World {
             host.effect = false;
             host.pet_until = None;
         }
+        if matches!(input, Input::Remembered(true)) {
+            host.promised = Some(Incarnation(host.life));
+        }
         let clock = host.clock(now);
         if let Input::Read(Err(why)) = &input {
             let why = why.clone();
@@ -644,14 +655,18 @@ impl World {
                 Registry::Statefile(_) => self.call(n, Some((expected, state))),
             },
             Action::PetUntil(until) => {
-                let armed = self.hosts[n].pet_until.is_some();
-                self.hosts[n].pet_until = Some(until);
-                if self.watchdog && !armed {
+                let before = self.hosts[n].pet_until.replace(until);
+                if self.watchdog && before.is_none_or(|before| until < before) {
                     let fires = self.hosts[n].when(until + Timing::DEFAULT.watchdog);
                     self.push(fires.max(self.now), Item::Dog(n, life));
                 }
             }
             Action::Fence { host, incarnation } => self.fence(n, host, incarnation),
+            Action::Remember(_) => {
+                let at = self.after(WRITE_DOWN_MS);
+                self.push(at, Item::Input(n, life, Input::Remembered(true)));
+            }
+            Action::Forget => self.hosts[n].promised = None,
             Action::StopVms { why } => {
                 self.trace(|_| format!("{} stops its VMs: {why}", super::host::name(n)));
                 let at = self.after(STOP_MS);
@@ -718,8 +733,8 @@ impl World {
         let target = usize::from(host.0);
         let confirmed = self.fence_works;
         if confirmed {
-            self.trace(|_| format!("the power of {} is cut", super::host::name(target)));
-            self.crash(target);
+            let at = self.after((0, takes));
+            self.push(at, Item::PowerOff(target));
         }
         let done = Input::Fenced {
             host,

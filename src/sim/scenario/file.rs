@@ -217,6 +217,11 @@ impl RawCase {
                 Event::StopLeader if !etcd => {
                     return Err(BadWords(format!("event `{text}`: only etcd has a leader")));
                 }
+                Event::FenceAgents(_) if self.fencing.is_none() => {
+                    return Err(BadWords(format!(
+                        "event `{text}`: there are no fence agents; set `fencing`"
+                    )));
+                }
                 _ => {}
             }
             events.push((duration(at)?, event, what.trim().to_owned()));

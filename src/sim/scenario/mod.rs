@@ -79,6 +79,8 @@ pub enum Event {
     GiveGateway(Who),
     /// The member of etcd that leads stops; the others choose another.
     StopLeader,
+    /// Whether a fence agent does anything from now on.
+    FenceAgents(bool),
 }
 
 impl Event {
@@ -101,7 +103,8 @@ impl Event {
             | Self::CutNetwork(Network::Interconnect, _)
             | Self::Lose(_)
             | Self::TakeGateway(_)
-            | Self::GiveGateway(_) => false,
+            | Self::GiveGateway(_)
+            | Self::FenceAgents(_) => false,
         }
     }
 
@@ -121,6 +124,7 @@ impl Event {
             | Self::GiveGateway(who) => vec![*who],
             Self::Cut(a, b) | Self::CutOneWay(a, b) => vec![*a, *b],
             Self::HealNetworks | Self::Lose(_) | Self::StopLeader => vec![Who::All],
+            Self::FenceAgents(_) => Vec::new(),
         }
     }
 }

@@ -11,7 +11,7 @@ pub struct BadWords(pub String);
 
 /// Every sentence there is, for errors and documentation. Upper case stands for a host, a time,
 /// a number or a network.
-pub(super) const EVENTS: [&str; 15] = [
+pub(super) const EVENTS: [&str; 17] = [
     "crash HOST",
     "power HOST on",
     "freeze HOST for TIME",
@@ -27,6 +27,8 @@ pub(super) const EVENTS: [&str; 15] = [
     "take the gateway from HOST",
     "give the gateway back to HOST",
     "stop the leader of etcd",
+    "the fence agents fail",
+    "the fence agents work",
 ];
 
 /// The same of expectations.
@@ -225,6 +227,8 @@ pub(super) fn event(text: &str, hosts: usize) -> Result<Event, BadWords> {
         (12, [Slot::Host(who)]) => Event::TakeGateway(*who),
         (13, [Slot::Host(who)]) => Event::GiveGateway(*who),
         (14, []) => Event::StopLeader,
+        (15, []) => Event::FenceAgents(false),
+        (16, []) => Event::FenceAgents(true),
         _ => return Err(BadWords(format!("`{text}`: the number is too large"))),
     })
 }
