@@ -22,18 +22,24 @@ fn pool(fencing: bool) -> Bed {
 }
 
 fn pool_of(hosts: &[&str], fencing: bool) -> Bed {
+    let watchdog = Some(Duration::from_secs(5));
+    pool_with(hosts, PoolLab { watchdog, fencing }, false)
+}
+
+fn pool_with(hosts: &[&str], pool: PoolLab, takeable_disks: bool) -> Bed {
     let mut spec = Bed::spec();
     spec.hosts = hosts.iter().map(|name| host(name)).collect();
-    spec.pool = Some(PoolLab {
-        watchdog: Some(Duration::from_secs(5)),
-        fencing,
-    });
+    spec.pool = Some(pool);
+    spec.takeable_disks = takeable_disks;
     let bed = Bed {
         lab: up_linked(spec).unwrap(),
     };
     for name in hosts {
         wait(&bed, name, "a pool of all hosts", |s| {
-            s.phase == "member" && s.hosts.iter().all(|host| host.standing == "in")
+            s.phase == "member"
+                && s.hosts
+                    .iter()
+                    .all(|host| host.standing == "in" && host.votes)
         });
     }
     bed
@@ -255,5 +261,130 @@ fn a_host_whose_vms_have_lost_their_storage_says_so() {
             .hosts
             .iter()
             .all(|host| host.standing == "in")
+    );
+}
+
+#[test]
+fn of_two_hosts_that_lost_the_registry_one_runs_on_when_the_other_dies() {
+    let pool = PoolLab {
+        watchdog: Some(Duration::from_secs(5)),
+        fencing: true,
+    };
+    let bed = pool_with(&["a", "b"], pool, true);
+    let guest = movable(&bed);
+    let before = status(&bed, "a").unwrap().incarnation;
+    for name in ["a", "b"] {
+        bed.lab.take_disk(&host(name), 0).unwrap();
+    }
+    // It has written down that it promises, and so has done it by its next report.
+    let promised = |name: &str| {
+        let dir = &bed.lab.host(&host(name)).unwrap().state_dir;
+        dir.join("pool.promised").exists().then_some(())
+    };
+    let _: [(); 2] = ["a", "b"].map(|name| eventually("it promises", || promised(name)));
+    let reports = |s: &PoolStatus| {
+        let b = s.hosts.iter().find(|h| h.name.as_str() == "b").unwrap();
+        b.report.as_ref().unwrap().seq
+    };
+    let from = reports(&status(&bed, "a").unwrap());
+    let then = wait(&bed, "a", "two more reports of b", |s| {
+        reports(s) >= from + 2
+    });
+    bed.lab.power_cut(&host("b")).unwrap();
+    // The promise of b alone is worth 35 s.
+    let age = then.registry_age_ms.unwrap() + 40_000;
+    let alone = wait(&bed, "a", "a runs on", |s| {
+        assert_eq!(s.phase, "member", "{:?}", s.why);
+        s.registry_age_ms > Some(age)
+    });
+    assert_eq!(alone.incarnation, before);
+    assert_eq!(
+        standing(&alone, "b"),
+        "in",
+        "nothing is decided without the registry"
+    );
+    for name in ["a", "b"] {
+        bed.lab.give_disk(&host(name), 0).unwrap();
+    }
+    let seen = wait(&bed, "a", "the death of b", |s| standing(s, "b") == "dead");
+    let b = seen.hosts.iter().find(|h| h.name.as_str() == "b").unwrap();
+    assert!(
+        b.proof.as_ref().unwrap().contains("power is off"),
+        "{:?}",
+        b.proof
+    );
+    assert_eq!((seen.phase.as_str(), seen.incarnation), ("member", before));
+    assert_eq!(runs_on_of(&bed, &guest.name, &["a"]), ["a"]);
+    // Its next life joins, and is told of nothing that binds it.
+    bed.lab.power_on(&host("b")).unwrap();
+    wait(&bed, "b", "b is a member", |s| s.phase == "member");
+    eventually("the promise is forgotten", || {
+        promised("b").is_none().then_some(())
+    });
+}
+
+#[test]
+fn a_host_whose_death_nothing_proves_is_dead_by_a_persons_word() {
+    let pool = PoolLab {
+        watchdog: None,
+        fencing: false,
+    };
+    let bed = pool_with(&HOSTS, pool, false);
+    let guest = movable(&bed);
+    let off = |on: &str, host: &str, flags: &[&str]| {
+        let output = bed.cli(on, &[&["pool", "off", host], flags].concat());
+        let told = String::from_utf8(output.stderr).unwrap();
+        output.status.success().then_some(()).ok_or(told)
+    };
+    bed.lab.power_cut(&host("a")).unwrap();
+    let asks = |s: &PoolStatus| {
+        s.alerts
+            .iter()
+            .any(|alert| alert.text.contains("pollux pool off a"))
+    };
+    let on = eventually("somebody is asked", || {
+        ["b", "c"]
+            .into_iter()
+            .find(|name| status(&bed, name).is_some_and(|s| asks(&s)))
+    });
+    let other = if on == "b" { "c" } else { "b" };
+    wait(&bed, other, "it knows who coordinates", |s| {
+        s.coordinator
+            .as_ref()
+            .is_some_and(|host| host.as_str() == on)
+    });
+    assert!(runs_on_of(&bed, &guest.name, &["b", "c"]).is_empty());
+    assert!(off(on, "a", &[]).unwrap_err().contains("--yes"));
+    assert!(
+        off(on, other, &["--yes"])
+            .unwrap_err()
+            .contains("it is not off")
+    );
+    assert!(
+        off(on, on, &["--yes"])
+            .unwrap_err()
+            .contains("is this host")
+    );
+    assert!(
+        off(on, "d", &["--yes"])
+            .unwrap_err()
+            .contains("no host of this pool")
+    );
+    let told = off(other, "a", &["--yes"]).unwrap_err();
+    assert!(
+        told.contains(&format!("{on} coordinates: say it there")),
+        "{told}"
+    );
+    off(on, "a", &["--yes"]).unwrap();
+    eventually("it runs again", || {
+        runs_on_of(&bed, &guest.name, &["b", "c"]).pop()
+    });
+    let why = bed.cli(on, &["why", "a"]);
+    let why = String::from_utf8(why.stdout).unwrap();
+    assert!(why.contains("a person has made certain"), "{why}");
+    assert!(
+        off(on, "a", &["--yes"])
+            .unwrap_err()
+            .contains("proved already")
     );
 }

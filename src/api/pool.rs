@@ -93,6 +93,13 @@ pub struct PoolHostView {
     pub standing: String,
     /// How its death is known.
     pub proof: Option<String>,
+    /// Whether it votes: without the registry the pool goes on while a majority of those lives.
+    #[serde(default)]
+    pub votes: bool,
+    /// Whether it may run without a lease that could be waited out; then no watchdog bound proves
+    /// its death.
+    #[serde(default)]
+    pub unbound: bool,
     /// The life that the pool knows of.
     pub incarnation: Option<u64>,
     /// Whether it is the answering host.

@@ -12,6 +12,7 @@ use crate::api::pool::PoolStatus;
 use crate::api::types::{
     ApiError, CreateVm, Done, HostInfo, HostStatus, LinkConfig, Protect, Start, VmStatus,
 };
+use crate::pool::HostName;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request, State};
 use axum::http::StatusCode;
@@ -77,6 +78,7 @@ pub fn router(host: Arc<Host>) -> Router {
         .route("/v1/host", get(host_info))
         .route("/v1/status", get(status))
         .route("/v1/pool", get(pool))
+        .route("/v1/pool/hosts/{name}/off", post(pool_off))
         .route("/v1/links", get(links).post(link_create))
         .route("/v1/links/{partner}", axum::routing::delete(link_remove))
         .route("/v1/links/{partner}/status", get(link_status))
@@ -138,6 +140,10 @@ async fn host_info(State(host): State<Arc<Host>>) -> Json<HostInfo> {
 
 async fn pool(State(host): State<Arc<Host>>) -> Answer<PoolStatus> {
     Ok(Json(host.pool_status()?))
+}
+
+async fn pool_off(State(host): State<Arc<Host>>, Path(name): Path<HostName>) -> Answer<Done> {
+    blocking(move || host.pool_off(&name)).await
 }
 
 async fn status(State(host): State<Arc<Host>>) -> Json<HostStatus> {

@@ -17,7 +17,7 @@ use super::state::{Coordinator, PoolState, Proof, Standing};
 use super::time::Millis;
 use crate::pool::{HostId, Incarnation};
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// How the giving up of one life of a host goes on, as this host knows.
 #[derive(Clone, Copy, Debug)]
@@ -29,8 +29,8 @@ struct Ousting {
     unbound: bool,
     /// Not before then a fence agent is asked (again); `None` while one is at work.
     ask_from: Option<Millis>,
-    /// Its power is off for certain.
-    off: bool,
+    /// By what it is certain that it runs nothing any more.
+    proof: Option<Proof>,
     alerted: bool,
 }
 
@@ -47,12 +47,12 @@ pub(super) struct Oustings {
 }
 
 impl Oustings {
-    /// A committed state was seen at `now`; the power of the lives in `off` is off for certain.
+    /// A committed state was seen at `now`; of these lives the death can be proved.
     pub(super) fn follow(
         &mut self,
         now: Millis,
         state: &PoolState,
-        off: &BTreeSet<(HostId, Incarnation)>,
+        proofs: &BTreeMap<(HostId, Incarnation), Proof>,
     ) {
         let ousted: BTreeMap<_, _> = state
             .members
@@ -66,7 +66,7 @@ impl Oustings {
                 since: now,
                 unbound,
                 ask_from: Some(now),
-                off: off.contains(&life),
+                proof: proofs.get(&life).copied(),
                 alerted: false,
             });
             if std::mem::replace(&mut ousting.unbound, unbound) {
@@ -84,8 +84,17 @@ impl Oustings {
         confirmed: bool,
     ) {
         if let Some(ousting) = self.lives.get_mut(&(host, incarnation)) {
-            ousting.off |= confirmed;
+            if confirmed {
+                ousting.proof = Some(Proof::PowerOff);
+            }
             ousting.ask_from = Some(now + FENCE_AGAIN);
+        }
+    }
+
+    /// The death of a life is proved otherwise.
+    pub(super) fn proved(&mut self, life: (HostId, Incarnation), proof: Proof) {
+        if let Some(ousting) = self.lives.get_mut(&life) {
+            ousting.proof.get_or_insert(proof);
         }
     }
 
@@ -318,14 +327,14 @@ fn coordinate(
     let mut decided = Decided::default();
     for ((host, incarnation), ousting) in &mut oustings.lives {
         let now = ousting.ask_from.is_some_and(|from| from <= view.now);
-        if view.config.power_fencing && now && !ousting.off {
+        if view.config.power_fencing && now && ousting.proof.is_none() {
             ousting.ask_from = None;
             decided.fence.push((*host, *incarnation));
         }
         if !view.config.power_fencing && bound(view.state, *host).is_none() && !ousting.alerted {
             ousting.alerted = true;
             decided.alerts.push(format!(
-                "{} is given up, but nothing can prove that it runs nothing any more: it has no fence agent and had no watchdog. Its VMs stay down until it says so itself; make certain that it is off and tell the pool",
+                "{0} is given up, but nothing can prove that it runs nothing any more: it has no fence agent and had no watchdog. Its VMs stay down until it says so itself; or make certain that it is off, then say `pollux pool off {0}` on this host",
                 view.state.name(*host)
             ));
         }
@@ -408,8 +417,8 @@ fn prove(view: &View<'_>, oustings: &Oustings, next: &mut PoolState) -> bool {
                 });
                 let proof = if farewell || sabotaged(Bug::SilenceIsDeath) {
                     Proof::Farewell
-                } else if ousting.off {
-                    Proof::PowerOff
+                } else if let Some(proof) = ousting.proof {
+                    proof
                 } else if let Some(watchdog) = run_out {
                     Proof::WatchdogBound { watchdog }
                 } else {

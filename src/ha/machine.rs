@@ -170,8 +170,13 @@ impl Machine {
                 self.oustings.fenced(now, host, incarnation, confirmed);
                 self.race.fenced(now);
                 if confirmed {
-                    self.is_over(now, (host, incarnation), true);
+                    self.is_over(now, (host, incarnation), Some(Proof::PowerOff));
                 }
+                self.decide(now, &mut actions);
+            }
+            Input::Declared { host, incarnation } => {
+                self.is_over(now, (host, incarnation), Some(Proof::Declared));
+                self.oustings.proved((host, incarnation), Proof::Declared);
                 self.decide(now, &mut actions);
             }
             Input::Remembered(done) => {
@@ -348,13 +353,13 @@ impl Machine {
         }
     }
 
-    /// That life is over for certain; its power is off, or its next life has begun.
-    fn is_over(&mut self, now: Millis, life: (HostId, Incarnation), off: bool) {
+    /// That life is over for certain, by this proof, or as its next life has begun.
+    fn is_over(&mut self, now: Millis, life: (HostId, Incarnation), proof: Option<Proof>) {
         let mut pact = std::mem::take(&mut self.pact);
         let heard = self.newest();
         let state = self.state.as_ref().filter(|_| self.knows());
         let own = state.map(|state| self.own(state, &heard));
-        pact.is_over(life, off, own, now);
+        pact.is_over(life, proof, own, now);
         self.pact = pact;
     }
 
@@ -401,7 +406,7 @@ impl Machine {
             // It does not act before it has joined, and then says what this life promised.
             let tells = heard.get(&other).is_some_and(|next| next.registry.former);
             if tells && !self.pact.is_known_over(other, life) {
-                self.is_over(now, (other, life), false);
+                self.is_over(now, (other, life), None);
             }
             return self.race.ends();
         }
@@ -526,7 +531,7 @@ impl Machine {
         }
         let (me, life) = (self.config.me, self.config.incarnation);
         self.curb(now, actions);
-        self.oustings.follow(now, &found.value, &self.pact.off());
+        self.oustings.follow(now, &found.value, &self.pact.proofs());
         self.pact.follow((me, life), &found.value);
         match found.value.standing(me, life) {
             None => {}

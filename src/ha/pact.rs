@@ -67,7 +67,7 @@
 
 use super::report::Report;
 use super::sabotage::{Bug, sabotaged};
-use super::state::PoolState;
+use super::state::{PoolState, Proof};
 use super::time::Millis;
 use super::timing::Timing;
 use crate::pool::{HostId, Incarnation, Seq};
@@ -109,8 +109,8 @@ pub(super) struct Pact {
     /// Whether the report of this tick promises.
     promises: bool,
     pledges: BTreeMap<(HostId, Incarnation), Pledge>,
-    /// Lives that are over for certain, and whether that is known by their power.
-    over: BTreeMap<(HostId, Incarnation), bool>,
+    /// Lives that are over for certain, and by what, if not by their next life.
+    over: BTreeMap<(HostId, Incarnation), Option<Proof>>,
     /// The version at which this host has outlived the other of two, and which.
     outlived: Option<(u64, HostId, Incarnation)>,
 }
@@ -234,16 +234,17 @@ impl Pact {
         (pledge.version == own.state.version).then_some(pledge.until)
     }
 
-    /// That life of a host is over for certain; `off`, if its power is. `own` is `None` with no
-    /// state, or with a write under way or in doubt.
+    /// That life of a host is over for certain, by this proof, or as its next life has begun.
+    /// `own` is `None` with no state, or with a write under way or in doubt.
     pub(super) fn is_over(
         &mut self,
         (host, life): (HostId, Incarnation),
-        off: bool,
+        proof: Option<Proof>,
         own: Option<Own<'_>>,
         now: Millis,
     ) {
-        *self.over.entry((host, life)).or_default() |= off;
+        let known = self.over.entry((host, life)).or_default();
+        *known = known.or(proof);
         let promised = self.promise.as_ref().and_then(|promise| promise.of_two);
         if promised == Some((host, life)) {
             self.promise = None;
@@ -262,10 +263,11 @@ impl Pact {
         self.over.contains_key(&(host, life))
     }
 
-    /// Lives whose power is off for certain.
-    pub(super) fn off(&self) -> BTreeSet<(HostId, Incarnation)> {
-        let off = self.over.iter().filter(|(_, off)| **off);
-        off.map(|(life, _)| *life).collect()
+    /// Lives whose death can be proved, and by what.
+    pub(super) fn proofs(&self) -> BTreeMap<(HostId, Incarnation), Proof> {
+        let over = self.over.iter();
+        over.filter_map(|(life, proof)| Some((*life, (*proof)?)))
+            .collect()
     }
 
     /// Who may act and whose newest word here is a promise at the version of this host.

@@ -24,9 +24,8 @@ pub(super) struct Side {
 impl Side {
     /// How long it lets the other be first.
     pub(super) fn waits(self, step: Millis) -> Millis {
-        let missing =
-            [(self.registry, 4), (self.gateway, 2), (self.better, 1)]
-                .map(|(has, steps)| if has { 0 } else { steps });
+        let missing = [(self.registry, 4), (self.gateway, 2), (self.better, 1)]
+            .map(|(has, steps)| if has { 0 } else { steps });
         Millis(step.0 * missing.iter().sum::<u64>())
     }
 }

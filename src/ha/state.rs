@@ -37,6 +37,8 @@ pub enum Proof {
     PowerOff,
     /// It said itself, in that incarnation, that it runs nothing and will start nothing.
     Farewell,
+    /// A person has made certain that it is off, and said so.
+    Declared,
     /// The registry revoked the lease by which it lived, and that lease's time is over.
     LeaseRevoked,
     /// Its lease and its watchdog have run out since it was ousted.
@@ -51,6 +53,7 @@ impl fmt::Display for Proof {
         match self {
             Self::PowerOff => f.write_str("its power is off, as its fence agent confirmed"),
             Self::Farewell => f.write_str("it said farewell itself"),
+            Self::Declared => f.write_str("it is off, as a person has made certain and said"),
             Self::LeaseRevoked => f.write_str("its lease was revoked"),
             Self::WatchdogBound { watchdog } => {
                 write!(f, "its lease and its watchdog of {watchdog} have run out")

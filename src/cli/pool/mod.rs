@@ -2,6 +2,7 @@
 
 mod alone;
 mod key;
+mod off;
 mod show;
 
 use super::print_json;
@@ -19,6 +20,7 @@ pub(super) enum PoolCommand {
     /// The pool's key: what a host needs to be heard by the others.
     #[command(subcommand)]
     Key(key::KeyCommand),
+    Off(off::Off),
     Alone(alone::Alone),
 }
 
@@ -38,6 +40,7 @@ pub(super) fn run(command: PoolCommand, client: &Client, json: bool) -> anyhow::
             })
         }
         PoolCommand::Key(command) => key::run(command, json),
+        PoolCommand::Off(off) => off.run(client, json),
         PoolCommand::Alone(alone) => alone.run(),
     }
 }

@@ -127,6 +127,14 @@ fn hosts(s: &PoolStatus) -> String {
         if let Some(proof) = &host.proof {
             let _ = writeln!(out, "  {proof}");
         }
+        if host.standing == "in" && !host.votes {
+            out.push_str("  has just joined: it does not vote yet\n");
+        }
+        if host.unbound {
+            out.push_str(
+                "  may run although it is silent: its partner died without the registry. No watchdog bound proves its death; its power being off does\n",
+            );
+        }
         if host.report.as_ref().is_some_and(|said| !said.storage_ok) {
             out.push_str("  the storage of its VMs does not answer\n");
         }

@@ -13,12 +13,12 @@ use crate::beat::{
 };
 use crate::fence::job::{Job, Outcome};
 use crate::fence::watchdog::BootNs;
-use crate::ha::detector::Listening;
+use crate::ha::detector::{Listening, PathVerdict};
 use crate::ha::machine::{Action, Config, Input, Local, Machine, Phase, WriteOutcome};
 use crate::ha::report::{Path, Report};
 use crate::ha::state::{PoolState, STATE_KEY, Standing};
 use crate::ha::time::Millis;
-use crate::pool::{HostId, Incarnation};
+use crate::pool::{HostId, HostName, Incarnation};
 use crate::registry::{CasOutcome, RegistryError, Versioned};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -258,6 +258,10 @@ impl<'a> Life<'a> {
                 }
             }
             Event::Remembered(done) => self.input(Input::Remembered(done)),
+            Event::Declare { host, answer } => {
+                // Whoever asked may be gone.
+                let _ = answer.send(self.declare(&host));
+            }
             Event::Leave => {
                 if !std::mem::replace(&mut self.leaving, true) {
                     self.input(Input::Leave {
@@ -475,7 +479,9 @@ impl<'a> Life<'a> {
             if confirmed {
                 tracing::warn!("the power of {name} is off, and confirmed to be");
             } else {
-                let text = format!("the power of {name} could not be switched off: {outcome:?}");
+                let text = format!(
+                    "the power of {name} could not be switched off: {outcome:?}; if it is off for certain, say `pollux pool off {name}`"
+                );
                 tracing::error!("{text}");
                 self.setup.shown.alert(text);
             }
@@ -485,6 +491,46 @@ impl<'a> Life<'a> {
                 confirmed,
             });
         }
+    }
+
+    /// A person says that a host is off.
+    fn declare(&mut self, name: &HostName) -> Result<(), String> {
+        let known = self.setup.pool.host(name);
+        let host = known.map(|host| HostId(host.id)).ok_or_else(|| {
+            format!("{name} is no host of this pool; `pollux pool status` lists them")
+        })?;
+        if host == self.setup.id {
+            return Err(format!("{name} is this host, and it runs"));
+        }
+        let state = self.machine.state().map(|state| &state.value);
+        let state = state.ok_or("this host has not seen the pool's state yet; try again")?;
+        let member = state.members.get(&host);
+        let member = member.filter(|m| matches!(m.standing, Standing::In | Standing::Ousted));
+        let Some(incarnation) = member.map(|member| member.incarnation) else {
+            return Err(format!(
+                "{name} is no member, or its death is proved already: nothing waits for this"
+            ));
+        };
+        let heard = self.machine.paths(boot_now()).remove(&host);
+        let heard = heard
+            .into_iter()
+            .flatten()
+            .find(|(_, verdict, _)| *verdict != PathVerdict::Lost);
+        if let Some((_, _, age)) = heard {
+            return Err(format!("{name} was heard {age} ago: it is not off"));
+        }
+        let coordinator = state.coordinator.map(|c| c.host);
+        if coordinator != Some(self.setup.id)
+            && (coordinator != Some(host) || state.members.len() > 2)
+        {
+            let who = coordinator.map_or_else(|| "nobody".into(), |host| self.name(host));
+            return Err(format!(
+                "{who} coordinates: say it there; if that is the host that is off, wait until another does"
+            ));
+        }
+        tracing::warn!("a person says that {name} is off");
+        self.input(Input::Declared { host, incarnation });
+        Ok(())
     }
 
     fn stop_vms(&mut self, why: String) {

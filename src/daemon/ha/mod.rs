@@ -57,6 +57,8 @@ use std::time::{Duration, Instant};
 const AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// How long an orderly leaving may take; stopping VMs is the longest of it.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(15);
+/// How long the thread of the pool may take to answer.
+const DECLARE_DEADLINE: Duration = Duration::from_secs(5);
 /// Between two looks whether it is done.
 const LEAVE_POLL: Duration = Duration::from_millis(20);
 
@@ -77,6 +79,11 @@ enum Event {
     Stopped,
     /// Whether what was to be written down is on disk.
     Remembered(bool),
+    /// A person says that a host is off; the answer is whether that could be taken, or why not.
+    Declare {
+        host: HostName,
+        answer: Sender<Result<(), String>>,
+    },
     /// The daemon is told to end.
     Leave,
 }
@@ -201,6 +208,25 @@ impl Membership {
     #[must_use]
     pub fn status(&self) -> PoolStatus {
         self.shown.status()
+    }
+
+    /// Take a person's word that `host` is off, if this host can decide by it.
+    ///
+    /// # Errors
+    /// Why not, and what to do.
+    pub fn declare_off(&self, host: &HostName) -> Result<(), String> {
+        let (answer, answered) = channel();
+        let event = Event::Declare {
+            host: host.clone(),
+            answer,
+        };
+        if let Some(life) = &*lock(&self.now) {
+            // One that ends just now drops the question, and with it the way to answer.
+            let _ = life.send(event);
+        }
+        answered.recv_timeout(DECLARE_DEADLINE).unwrap_or_else(|_| {
+            Err("this host is between two lives in its pool and decides nothing; try again".into())
+        })
     }
 
     /// Leave the pool in order: stop all VMs, let the mirrored ones go on at their standbys and

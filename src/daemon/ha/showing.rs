@@ -241,6 +241,10 @@ impl Seen<'_> {
             id: id.0,
             standing: standing.into(),
             proof,
+            votes: pool
+                .zip(member)
+                .is_some_and(|(pool, member)| pool.is_voter(id, member.incarnation)),
+            unbound: member.is_some_and(|member| member.unbound.is_some()),
             incarnation: member.map(|member| member.incarnation.0),
             is_self,
             paths: if is_self {

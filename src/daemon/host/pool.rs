@@ -2,13 +2,14 @@
 
 use super::{Host, lock};
 use crate::api::pool::PoolStatus;
-use crate::api::types::{ApiError, Role};
-use crate::daemon::ha::Ending;
+use crate::api::types::{ApiError, Done, Role};
+use crate::daemon::ha::{Ending, Membership};
 use crate::daemon::worker::Routes;
 use crate::fence::isolation::IsolatedVm;
 use crate::ha::machine::Local;
 use crate::ha::time::Millis;
 use crate::interpose::disk::Pulse;
+use crate::pool::HostName;
 use crate::pool::spec::Protection;
 use std::sync::Arc;
 
@@ -68,19 +69,30 @@ impl Host {
         local
     }
 
+    /// A person says that `host` is off.
+    ///
+    /// # Errors
+    /// Why that cannot be taken, and what to do.
+    pub fn pool_off(&self, host: &HostName) -> Result<Done, ApiError> {
+        let membership = self.membership()?;
+        membership.declare_off(host).map_err(super::refused)?;
+        Ok(Done::default())
+    }
+
     /// The pool as this host knows it.
     ///
     /// # Errors
     /// If it belongs to none.
     pub fn pool_status(&self) -> Result<PoolStatus, ApiError> {
-        self.membership.get().map_or_else(
-            || {
-                Err(super::refused(format!(
-                    "host {} belongs to no pool: its configuration has no table [pool] (docs/guide.md)",
-                    self.env.config.name
-                )))
-            },
-            |membership| Ok(membership.status()),
-        )
+        Ok(self.membership()?.status())
+    }
+
+    fn membership(&self) -> Result<&Membership, ApiError> {
+        self.membership.get().ok_or_else(|| {
+            super::refused(format!(
+                "host {} belongs to no pool: its configuration has no table [pool] (docs/guide.md)",
+                self.env.config.name
+            ))
+        })
     }
 }

@@ -63,11 +63,15 @@ impl Seen {
         self.hosts.insert(host.clone(), status);
     }
 
-    /// Whether every host is a member, sees all others as members, and may judge them.
+    /// Whether every host is a member, sees all others as members that vote, and may judge them.
     pub(super) fn all_judge(&self) -> bool {
         self.hosts.values().all(|status| {
             status.as_ref().is_some_and(|status| {
-                status.judges && status.hosts.iter().all(|host| host.standing == "in")
+                status.judges
+                    && status
+                        .hosts
+                        .iter()
+                        .all(|host| host.standing == "in" && host.votes)
             })
         })
     }
@@ -410,7 +414,7 @@ mod tests {
             let text = format!(
                 r#"{{"host":"a","id":0,"incarnation":1,"phase":"{phase}","judges":{judges},
                 "watchdog":{{"state":"petting"}},"term":1,"decisions":[],"restarts":[],"alerts":[],
-                "age_ms":0,"hosts":[{{"name":"a","id":0,"standing":"in","is_self":true,"paths":[]}}]}}"#
+                "age_ms":0,"hosts":[{{"name":"a","id":0,"standing":"in","votes":true,"is_self":true,"paths":[]}}]}}"#
             );
             serde_json::from_str(&text).unwrap()
         };

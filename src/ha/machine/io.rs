@@ -82,6 +82,13 @@ pub enum Input {
         /// Whether it is off for certain.
         confirmed: bool,
     },
+    /// A person has made certain that this life of a host is off.
+    Declared {
+        /// The host.
+        host: HostId,
+        /// Its life.
+        incarnation: Incarnation,
+    },
     /// All VMs of this host are stopped, and no process of any is left.
     Stopped,
     /// What became of [`Action::Remember`]: whether it outlasts a loss of power.

@@ -475,6 +475,37 @@ fn without_any_proof_nothing_is_restarted_and_somebody_is_told() {
 }
 
 #[test]
+fn who_has_made_certain_that_a_host_is_off_may_say_so() {
+    let mut world = World::new(3);
+    world.watchdog = false;
+    world.run(15_000);
+    world.crash(2);
+    world.run(20_000);
+    assert!(world.may_restart.is_empty());
+    assert!(
+        world
+            .alerts
+            .iter()
+            .any(|alert| alert.contains("pollux pool off h2"))
+    );
+    let coordinator = world.coordinator();
+    let declare = |life| Input::Declared {
+        host: HostId(2),
+        incarnation: Incarnation(life),
+    };
+    // Of another life it says nothing.
+    world.feed(coordinator, declare(2));
+    world.run(5_000);
+    assert!(world.may_restart.is_empty());
+    world.feed(coordinator, declare(1));
+    world.until("may restart", 2_000, |w| !w.may_restart.is_empty());
+    assert!(matches!(
+        world.may_restart[..],
+        [(_, 2, 1, Proof::Declared)]
+    ));
+}
+
+#[test]
 fn a_next_life_that_is_heard_proves_the_former_one_dead_before_it_can_join() {
     let mut world = World::new(3);
     world.watchdog = false;

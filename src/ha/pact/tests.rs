@@ -262,10 +262,10 @@ fn of_two_one_goes_on_once_the_others_power_is_off_before_its_promise_ends() {
                 state: &state,
                 ..own
             };
-            pact.is_over(OTHER, true, Some(own), Millis(off_at));
-            pact.off()
+            pact.is_over(OTHER, Some(Proof::PowerOff), Some(own), Millis(off_at));
+            pact.proofs()
         });
-        assert_eq!(known, [OTHER].into());
+        assert_eq!(known, [(OTHER, Proof::PowerOff)].into());
         of_two(&[&promise], |own| pact.goes_on_by(own, Seq(100)))
     };
     assert_eq!(goes_on(39_399, V), Some(Seq(100)));
@@ -285,7 +285,7 @@ fn the_promise_of_one_of_two_stops_nobody_and_ends_with_the_other() {
     assert!(pact.is_kept(&timing, Millis(39_999)) && pact.binds());
     let mut over = pact.clone();
     of_two(&[&b], |own| {
-        over.is_over(OTHER, true, Some(own), Millis(20_000))
+        over.is_over(OTHER, None, Some(own), Millis(20_000))
     });
     assert!(!over.binds());
     // And nothing is promised to one that is over, or by one that stops.

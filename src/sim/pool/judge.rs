@@ -180,7 +180,7 @@ fn one(world: &World, case: &Case, first: u64, last: u64, expect: Expect) -> Res
                 Some(Proof::WatchdogBound { .. }) => Some(ProofKind::Watchdog),
                 Some(Proof::PowerOff) => Some(ProofKind::Power),
                 Some(Proof::Farewell) => Some(ProofKind::Farewell),
-                Some(Proof::LeaseRevoked) | None => None,
+                Some(Proof::Declared | Proof::LeaseRevoked) | None => None,
             };
             if is == Some(kind) {
                 Ok(())
