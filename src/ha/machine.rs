@@ -20,18 +20,19 @@
 use super::deciding::{self, Oustings};
 use super::detector::{Contacts, PathVerdict};
 use super::lease::Lease;
-use super::liveset::{Verdict, judge};
-use super::pact::{Own, Pact};
-use super::race::{Race, Side};
+use super::pact::Pact;
+use super::race::Race;
 use super::report::{IN_DOUBT, Path, RegistryView, Report};
 use super::sabotage::{Bug, sabotaged};
-use super::state::{Member, PoolState, Proof, Standing};
+use super::state::{PoolState, Proof, Standing};
 use super::time::Millis;
 use crate::pool::{HostId, Incarnation, Seq};
 use crate::registry::Versioned;
 use std::collections::{BTreeMap, BTreeSet};
 
+mod going_on;
 mod io;
+mod joining;
 pub use io::{Action, Config, Input, Local, Phase, WriteOutcome};
 
 /// The newest report of each host.
@@ -170,12 +171,14 @@ impl Machine {
                 self.oustings.fenced(now, host, incarnation, confirmed);
                 self.race.fenced(now);
                 if confirmed {
-                    self.is_over(now, (host, incarnation), Some(Proof::PowerOff));
+                    let proof = Some(Proof::PowerOff);
+                    self.is_over(now, (host, incarnation), proof, &mut actions);
                 }
                 self.decide(now, &mut actions);
             }
             Input::Declared { host, incarnation } => {
-                self.is_over(now, (host, incarnation), Some(Proof::Declared));
+                let proof = Some(Proof::Declared);
+                self.is_over(now, (host, incarnation), proof, &mut actions);
                 self.oustings.proved((host, incarnation), Proof::Declared);
                 self.decide(now, &mut actions);
             }
@@ -293,178 +296,6 @@ impl Machine {
         if self.contacts.heard(now, path, report) {
             self.hear_word();
         }
-    }
-
-    /// A voter says that it knows a state in which this host is a member; see [`super::pact`].
-    fn be_seen(&mut self, report: &Report) {
-        let (Some(state), Some(joined)) = (&self.state, self.joined_at) else {
-            return;
-        };
-        let version = report.registry.version;
-        self.seen |= state.value.is_voter(report.host, report.incarnation)
-            && version >= joined
-            && version != IN_DOUBT;
-    }
-
-    fn own<'a>(
-        &'a self,
-        state: &'a Versioned<PoolState>,
-        heard: &'a BTreeMap<HostId, &'a Report>,
-    ) -> Own<'a> {
-        Own {
-            me: (self.config.me, self.config.incarnation),
-            timing: &self.config.timing,
-            power_fencing: self.config.power_fencing,
-            state,
-            heard,
-        }
-    }
-
-    fn newest(&self) -> BTreeMap<HostId, &Report> {
-        let newest = self.contacts.iter();
-        newest.map(|(host, c)| (host, &c.report)).collect()
-    }
-
-    /// Whether no write of this host is under way or in doubt.
-    fn knows(&self) -> bool {
-        self.writing.is_none() && self.doubt.is_none()
-    }
-
-    /// What others say may be an acknowledgement of a promise, a promise, or a word to go on by.
-    fn hear_word(&mut self) {
-        let Some(state) = &self.state else {
-            return;
-        };
-        let mut pact = std::mem::take(&mut self.pact);
-        let heard = self.newest();
-        let own = self.own(state, &heard);
-        pact.acknowledged(own.me, &heard, |seq| self.lease.sent_at(seq));
-        let (by, until) = if self.knows() {
-            (pact.goes_on_by(own, self.seq), pact.pledged(own))
-        } else {
-            (None, None)
-        };
-        self.pact = pact;
-        if let Some(seq) = by {
-            self.lease.vouched(seq);
-        }
-        if let Some(until) = until {
-            self.lease.promised(until);
-        }
-    }
-
-    /// That life is over for certain, by this proof, or as its next life has begun.
-    fn is_over(&mut self, now: Millis, life: (HostId, Incarnation), proof: Option<Proof>) {
-        let mut pact = std::mem::take(&mut self.pact);
-        let heard = self.newest();
-        let state = self.state.as_ref().filter(|_| self.knows());
-        let own = state.map(|state| self.own(state, &heard));
-        pact.is_over(life, proof, own, now);
-        self.pact = pact;
-    }
-
-    /// Before a report is sent: does it promise?
-    fn promise(&mut self, now: Millis, actions: &mut Vec<Action>) {
-        self.pact.promise_nothing();
-        let timing = &self.config.timing;
-        let stopped = matches!(self.phase, Phase::Stopping { .. } | Phase::Stopped { .. });
-        let lost = now.since(self.registry_at) >= timing.registry_lost();
-        if !lost && self.phase == Phase::Member && !self.pact.binds_of_two() && !self.remembering {
-            // What a life promised that joined anew, or has the registry back, binds nobody.
-            if self.remembered.take().is_some() {
-                actions.push(Action::Forget);
-            }
-        }
-        let promises = self.knows() && (lost || stopped);
-        let Some(state) = self.state.as_ref().filter(|_| promises) else {
-            return;
-        };
-        let mut pact = std::mem::take(&mut self.pact);
-        let heard = self.newest();
-        let own = self.own(state, &heard);
-        let written = self.remembered == Some(self.config.incarnation);
-        if own.other_of_two().is_none() || written {
-            pact.promise(own, now, stopped, |seq| self.lease.sent_at(seq));
-        } else if !self.remembering && !stopped {
-            self.remembering = true;
-            actions.push(Action::Remember(self.config.incarnation));
-        }
-        self.pact = pact;
-    }
-
-    /// Of two hosts without a registry: whether to switch the other off.
-    fn race(&mut self, now: Millis, actions: &mut Vec<Action>) {
-        let timing = self.config.timing;
-        let heard = self.newest();
-        let own = self.state.as_ref().map(|state| self.own(state, &heard));
-        let other = own.and_then(|own| own.other_of_two().map(|other| (own, other)));
-        let Some((own, (other, life))) = other else {
-            return self.race.ends();
-        };
-        let known = heard.get(&other).map(|report| report.incarnation);
-        if known.is_some_and(|known| known > life) {
-            // It does not act before it has joined, and then says what this life promised.
-            let tells = heard.get(&other).is_some_and(|next| next.registry.former);
-            if tells && !self.pact.is_known_over(other, life) {
-                self.is_over(now, (other, life), None);
-            }
-            return self.race.ends();
-        }
-        let registry = now.since(self.registry_at) < timing.network_lost;
-        let pledged = self.pact.pledged(own).is_some_and(|until| now < until);
-        let serves = pledged || self.pact.binds_of_two() && registry;
-        let silent = own.state.value.is_in(other, life)
-            && self.contacts.may_judge(now)
-            && !self.contacts.is_heard(other, life, now);
-        let able = self.phase == Phase::Member && self.lease.holds(now);
-        let over = self.pact.is_known_over(other, life);
-        if !serves || !silent || !able || over {
-            return self.race.ends();
-        }
-        let mine = self.report(now);
-        let side = Side {
-            registry,
-            gateway: mine.reaches_gateway(timing.network_lost),
-            better: heard
-                .get(&other)
-                .is_none_or(|theirs| mine.matters_more_than(theirs)),
-        };
-        if self.race.shoots(now, side.waits(timing.hesitation)) {
-            actions.push(Action::Fence {
-                host: other,
-                incarnation: life,
-            });
-        }
-    }
-
-    /// Nothing runs here; and nobody goes on by a promise that this life is there to keep.
-    fn may_say_farewell(&self) -> bool {
-        let stopped = matches!(self.phase, Phase::Stopped { .. });
-        stopped && !self.pact.binds_of_two()
-    }
-
-    /// A host that promised and is heard by no majority stops for good.
-    fn keep_promise(&mut self, now: Millis, actions: &mut Vec<Action>) {
-        let lives = matches!(self.phase, Phase::Joining | Phase::Member);
-        let looks = lives || self.pact.binds_of_two();
-        if looks && !self.pact.is_kept(&self.config.timing, now) && lives {
-            let why = format!(
-                "without the registry this host promised to give nobody up, and for {} no majority of the pool has heard it: the others may go on without it",
-                self.config.timing.lease
-            );
-            self.stop(why, actions);
-        }
-    }
-
-    /// Whether this host may give others up, and admit who joined.
-    #[must_use]
-    pub fn may_give_up(&self) -> bool {
-        let (me, life) = (self.config.me, self.config.incarnation);
-        let may = |state: &Versioned<PoolState>| {
-            self.seen || state.value.is_voter(me, life) || state.value.is_orphaned()
-        };
-        let joiner = sabotaged(Bug::JoinerDecides);
-        self.state.as_ref().is_some_and(may) && !self.pact.binds() || joiner
     }
 
     fn read(
@@ -589,111 +420,6 @@ impl Machine {
         self.curb(now, actions);
         self.writing = Some((now, state.clone()));
         actions.push(Action::Write { expected, state });
-    }
-
-    fn found_pool(&mut self, now: Millis, actions: &mut Vec<Action>) {
-        if self.phase != Phase::Joining || self.writing.is_some() {
-            return;
-        }
-        let mut state = PoolState::default();
-        self.enter(&mut state);
-        state.admit();
-        deciding::take_over(&mut state, &self.config, "it is the pool's first host");
-        self.write(now, state, actions);
-    }
-
-    /// Ask to be a member, unless the members would give this host up at once.
-    fn join(&mut self, now: Millis, actions: &mut Vec<Action>) {
-        if self.phase != Phase::Joining || self.writing.is_some() {
-            return;
-        }
-        let Some(state) = &self.state else {
-            return;
-        };
-        let mut next = state.value.clone();
-        let known = next.members.get(&self.config.me);
-        if known.is_some_and(|known| known.incarnation >= self.config.incarnation) {
-            // A later life of this very host, or this one, is out: nothing to join by.
-            return;
-        }
-        if let Some(life) = self
-            .remembered
-            .filter(|_| !sabotaged(Bug::PromiseForgotten))
-        {
-            next.unbind_other_of_two((self.config.me, life), state.version);
-        }
-        self.enter(&mut next);
-        let own = self.report(now);
-        let verdicts = judge(
-            &self.config.timing,
-            &next,
-            &self.reports(&own, now),
-            &self.contacts.report_ages(now),
-        );
-        let stays = verdicts.get(&self.config.me) == Some(&Verdict::Stays);
-        if !stays || !self.contacts.may_judge(now) || self.is_before_me(&state.value, now) {
-            return;
-        }
-        if next.is_orphaned() {
-            next.admit();
-        }
-        self.write(now, next, actions);
-    }
-
-    /// Whether a host of a lower number is about to join as well: of many that begin together one
-    /// wins each write, so they go one after the other. One that does not read the registry is
-    /// not waited for.
-    fn is_before_me(&self, state: &PoolState, now: Millis) -> bool {
-        self.contacts.iter().any(|(host, contact)| {
-            let report = &contact.report;
-            let age = report.registry.age;
-            host < self.config.me
-                && !report.farewell
-                && state.standing(host, report.incarnation).is_none()
-                && self.contacts.is_heard(host, report.incarnation, now)
-                && age.is_some_and(|age| age < self.config.timing.network_lost)
-        })
-    }
-
-    /// Nothing runs here any more: say so where it counts, in case nobody else is left to.
-    fn leave(&mut self, now: Millis, actions: &mut Vec<Action>) {
-        let Some(state) = &self.state else {
-            return;
-        };
-        if !self.may_say_farewell() || self.writing.is_some() {
-            return;
-        }
-        let (me, life) = (self.config.me, self.config.incarnation);
-        let (standing, what) = match state.value.standing(me, life) {
-            Some(Standing::In) => (Standing::Away, "away"),
-            Some(Standing::Ousted) => (Standing::Dead(Proof::Farewell), "dead"),
-            _ => return,
-        };
-        let mut next = state.value.clone();
-        next.become_standing(me, standing);
-        next.decide(me, me, what, &Proof::Farewell.to_string());
-        self.write(now, next, actions);
-    }
-
-    fn enter(&self, state: &mut PoolState) {
-        let config = &self.config;
-        let before = state.members.get(&config.me);
-        let former = before.and_then(|before| match before.standing {
-            Standing::In | Standing::Ousted => Some((before.incarnation, Proof::Farewell)),
-            Standing::Dead(proof) => Some((before.incarnation, proof)),
-            Standing::Away => before.former,
-        });
-        let member = Member {
-            name: config.name.clone(),
-            incarnation: config.incarnation,
-            standing: Standing::In,
-            former,
-            watchdog: config.watchdog,
-            unbound: None,
-        };
-        state.members.insert(config.me, member);
-        let cause = "it began a new life, in which nothing of a former one runs";
-        state.decide(config.me, config.me, "joined", cause);
     }
 
     fn written(&mut self, now: Millis, outcome: WriteOutcome, actions: &mut Vec<Action>) {

@@ -235,14 +235,15 @@ impl Pact {
     }
 
     /// That life of a host is over for certain, by this proof, or as its next life has begun.
-    /// `own` is `None` with no state, or with a write under way or in doubt.
+    /// `own` is `None` with no state, or with a write under way or in doubt. Whether this host has
+    /// outlived it.
     pub(super) fn is_over(
         &mut self,
         (host, life): (HostId, Incarnation),
         proof: Option<Proof>,
         own: Option<Own<'_>>,
         now: Millis,
-    ) {
+    ) -> bool {
         let known = self.over.entry((host, life)).or_default();
         *known = known.or(proof);
         let promised = self.promise.as_ref().and_then(|promise| promise.of_two);
@@ -250,12 +251,14 @@ impl Pact {
             self.promise = None;
         }
         let Some(own) = own.filter(|own| own.other_of_two() == Some((host, life))) else {
-            return;
+            return false;
         };
         let in_time = self.pledged(own).is_some_and(|until| now < until);
-        if in_time || sabotaged(Bug::OutlivesTooLate) {
+        let outlives = in_time || sabotaged(Bug::OutlivesTooLate);
+        if outlives {
             self.outlived = Some((own.state.version, host, life));
         }
+        outlives
     }
 
     /// Whether that life is over for certain.

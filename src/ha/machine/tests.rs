@@ -644,6 +644,8 @@ fn of_two_without_registry_one_goes_on_once_the_other_is_switched_off() {
         world.run(120_000);
         assert_eq!(world.members(), [1 - dies], "{dies}");
         assert!(world.resets().iter().all(|n| *n == 0) && world.may_restart.is_empty());
+        let alone = format!("h{dies} has died while neither of two hosts");
+        assert!(world.alerts.iter().any(|alert| alert.starts_with(&alone)));
         registry(&mut world, 0..2, true);
         // Its power is known to be off: no agent is waited for.
         let took = world.until("may restart", 3_000, |w| !w.may_restart.is_empty());
