@@ -73,7 +73,7 @@ fn listen(report: &Report) {
             ..PoolState::default()
         },
     };
-    state.value.admit();
+    state.value.admit(|_, _| true);
     let mut machine = Machine::new(config, Millis(0));
     for tick in 1..=2 * TICKS {
         let now = Millis(tick * timing.period.0);

@@ -252,7 +252,7 @@ fn states() -> Vec<Seed> {
         .into(),
         ..PoolState::default()
     };
-    state.admit();
+    state.admit(|_, _| true);
     state.decide(HostId(0), HostId(1), "ousted", "nobody hears it");
     vec![
         ("new", PoolState::default().to_bytes()),

@@ -11,7 +11,7 @@
 use super::detector::Contacts;
 use super::liveset::{Verdict, judge};
 use super::machine::Config;
-use super::report::{IN_DOUBT, Report};
+use super::report::{IN_DOUBT, Path, Report};
 use super::sabotage::{Bug, sabotaged};
 use super::state::{Coordinator, PoolState, Proof, Standing};
 use super::time::Millis;
@@ -99,16 +99,16 @@ impl Oustings {
     }
 
     /// Whether it is time to admit: many that join together are admitted with one write.
-    fn is_time_to_admit(&mut self, state: &PoolState, wait: Millis, now: Millis) -> bool {
-        if state.is_admitted() {
+    fn is_time_to_admit(&mut self, view: &View<'_>, wait: Millis) -> bool {
+        if view.state.is_admitted(|host, life| view.hears(host, life)) {
             self.unadmitted = None;
             return false;
         }
-        let members = state.members_in().count();
+        let members = view.state.members_in().count();
         match self.unadmitted {
-            Some((since, then)) if then == members => now.since(since) >= wait,
+            Some((since, then)) if then == members => view.now.since(since) >= wait,
             _ => {
-                self.unadmitted = Some((now, members));
+                self.unadmitted = Some((view.now, members));
                 false
             }
         }
@@ -141,6 +141,15 @@ pub(super) struct View<'a> {
     pub(super) contacts: &'a Contacts,
     /// Whether this host may oust others, and admit who joined.
     pub(super) may_give_up: bool,
+    /// Whether it votes, or a voter has seen it join.
+    pub(super) is_seen: bool,
+}
+
+impl View<'_> {
+    fn hears(&self, host: HostId, life: Incarnation) -> bool {
+        let report = self.reports.get(&host);
+        report.is_some_and(|report| report.incarnation == life)
+    }
 }
 
 /// What follows.
@@ -166,13 +175,25 @@ pub(super) fn take_over(state: &mut PoolState, config: &Config, cause: &str) {
     state.decide(config.me, config.me, "coordinates", cause);
 }
 
-/// Decide by this view.
+/// Decide by this view. Whatever is written admits who joined and is heard, if this host may.
 pub(super) fn decide(view: &View<'_>, oustings: &mut Oustings) -> Decided {
+    let mut decided = judged(view, oustings);
+    if let Some(next) = decided.write.as_mut().filter(|_| view.may_give_up) {
+        next.admit(|host, life| view.hears(host, life));
+    }
+    decided
+}
+
+fn judged(view: &View<'_>, oustings: &mut Oustings) -> Decided {
     let verdicts = judge(&view.config.timing, view.state, view.reports, &view.ages);
     let me = view.config.me;
     if verdicts.get(&me) != Some(&Verdict::Stays) {
         // The others are the better side.
         return Decided::default();
+    }
+    // Counted also by one that does not coordinate yet, or its waiting would begin anew once it does.
+    for (host, verdict) in &verdicts {
+        oustings.missed_for(*host, *verdict != Verdict::Stays, view.now);
     }
     match view.state.coordinator {
         Some(c) if c.host == me && c.incarnation == view.config.incarnation => {
@@ -239,12 +260,57 @@ fn reaches_gateway(view: &View<'_>) -> bool {
 }
 
 /// How long this host lets others be first.
-fn hesitation(view: &View<'_>) -> Millis {
-    if reaches_gateway(view) {
-        Millis(0)
+fn hesitation(view: &View<'_>, verdicts: &BTreeMap<HostId, Verdict>) -> Millis {
+    let timing = &view.config.timing;
+    let yields = if matters_less(view, verdicts) {
+        timing.yielding()
     } else {
-        view.config.timing.hesitation
+        Millis(0)
+    };
+    if reaches_gateway(view) {
+        yields
+    } else {
+        timing.hesitation + yields
     }
+}
+
+/// Whether those that are lost, if they live, are a side that matters more to the VMs: its standbys are
+/// fresher, by whole periods; then its VMs are heavier; then its lowest number is lower. Asked
+/// only where nothing ever came through storage: else sides that live see each other there, and
+/// all stay.
+fn matters_less(view: &View<'_>, verdicts: &BTreeMap<HostId, Verdict>) -> bool {
+    let lost = verdicts
+        .iter()
+        .filter(|(_, v)| matches!(v, Verdict::Lost(_)));
+    let lost = lost.filter_map(|(host, _)| view.contacts.get(*host));
+    let lost: Vec<_> = lost.collect();
+    let paths = lost.iter().flat_map(|contact| contact.paths.keys());
+    if paths
+        .into_iter()
+        .any(|path| matches!(path, Path::Storage(_)))
+    {
+        return false;
+    }
+    let mine = view.reports.iter();
+    let mine = mine.filter(|(host, _)| verdicts.get(host) == Some(&Verdict::Stays));
+    let period = view.config.timing.period.0;
+    let theirs = lost.iter().map(|contact| &contact.report);
+    side_matters(theirs, period) < side_matters(mine.map(|(_, report)| *report), period)
+}
+
+/// How fresh, how heavy, and which number: the least matters most.
+fn side_matters<'r>(
+    side: impl Iterator<Item = &'r Report> + Clone,
+    period: u64,
+) -> (u64, Reverse<u64>, HostId) {
+    let lag = |report: &Report| report.standby_lag.map_or(u64::MAX, |lag| lag.0 / period);
+    let weights = side.clone().map(|report| u64::from(report.weight));
+    let numbers = side.clone().map(|report| report.host);
+    (
+        side.map(lag).min().unwrap_or(u64::MAX),
+        Reverse(weights.sum()),
+        numbers.min().unwrap_or(HostId(u8::MAX)),
+    )
 }
 
 /// Who coordinates first, the least of all: a voter; on the side of the clients; with the
@@ -280,7 +346,13 @@ fn elect(
     } else {
         0
     });
-    let wait = wait.max(hesitation(view));
+    let wait = wait.max(hesitation(view, verdicts));
+    // A coordinator that lives, and does not hear this host, has given it up by then.
+    let wait = if view.is_seen {
+        wait
+    } else {
+        wait.max(view.config.timing.lease)
+    };
     if fit.first() != Some(&view.config.me) || view.now.since(since) < wait {
         return Decided::default();
     }
@@ -311,7 +383,7 @@ fn coordinate(
 ) -> Decided {
     let mut next = view.state.clone();
     let wait = Millis(view.config.timing.period.0 * 2);
-    let admits = view.may_give_up && oustings.is_time_to_admit(view.state, wait, view.now);
+    let admits = view.may_give_up && oustings.is_time_to_admit(view, wait);
     let changes = [
         admits,
         bind(view, &mut next),
@@ -361,13 +433,14 @@ fn oust(
     next: &mut PoolState,
 ) -> bool {
     let mut changed = false;
+    let waits = hesitation(view, verdicts);
     for (host, verdict) in verdicts {
         let why = match verdict {
             Verdict::Stays => None,
             Verdict::Goes(why) | Verdict::Lost(why) => Some(why),
         };
         let missed = oustings.missed_for(*host, why.is_some(), view.now);
-        let Some(why) = why.filter(|_| view.may_give_up && missed >= hesitation(view)) else {
+        let Some(why) = why.filter(|_| view.may_give_up && missed >= waits) else {
             continue;
         };
         if next.become_standing(*host, Standing::Ousted) {

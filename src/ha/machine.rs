@@ -65,6 +65,10 @@ pub struct Machine {
     remembering: bool,
     /// The first version that showed this life as a member.
     joined_at: Option<u64>,
+    /// When this life began.
+    born: Millis,
+    /// Somebody was told that no member hears it.
+    told_stranded: bool,
     /// Whether a voter has seen it join.
     seen: bool,
     /// When the newest successful read began, or this life did, or a stall ended.
@@ -96,6 +100,8 @@ impl Machine {
             pact: Pact::default(),
             race: Race::default(),
             joined_at: None,
+            born: now,
+            told_stranded: false,
             seen: false,
             registry_at: now,
             oustings: Oustings::default(),
@@ -479,13 +485,11 @@ impl Machine {
             ages: self.contacts.report_ages(now),
             contacts: &self.contacts,
             may_give_up: self.may_give_up(),
+            is_seen: self.is_seen(),
         };
         let decided = deciding::decide(&view, &mut oustings);
         self.oustings = oustings;
-        if let Some(mut next) = decided.write {
-            if self.may_give_up() {
-                next.admit();
-            }
+        if let Some(next) = decided.write {
             self.write(now, next, actions);
             return;
         }

@@ -266,6 +266,11 @@ impl Pact {
         self.over.contains_key(&(host, life))
     }
 
+    /// Whether a person has made certain that this life is over.
+    pub(super) fn is_declared(&self, host: HostId, life: Incarnation) -> bool {
+        self.over.get(&(host, life)) == Some(&Some(Proof::Declared))
+    }
+
     /// Lives whose death can be proved, and by what.
     pub(super) fn proofs(&self) -> BTreeMap<(HostId, Incarnation), Proof> {
         let over = self.over.iter();

@@ -247,8 +247,15 @@ impl PoolState {
     /// by their word, and any member may give others up.
     #[must_use]
     pub fn is_orphaned(&self) -> bool {
-        let voters = self.voters.iter();
-        let may_live = voters.filter(|(host, life)| self.may_live(**host, **life));
+        self.is_orphaned_without(|_, _| false)
+    }
+
+    /// The same, if lives that are `over` are counted as over.
+    #[must_use]
+    pub fn is_orphaned_without(&self, over: impl Fn(HostId, Incarnation) -> bool) -> bool {
+        let voters = self.voters.iter().map(|(host, life)| (*host, *life));
+        let may_live =
+            voters.filter(|(host, life)| self.may_live(*host, *life) && !over(*host, *life));
         !self.is_quorum(may_live.count())
     }
 
@@ -265,17 +272,24 @@ impl PoolState {
         })
     }
 
-    /// Whether each member is a voter, and nobody else.
+    /// Whether each member is a voter that votes already or is `heard`, and nobody else.
     #[must_use]
-    pub fn is_admitted(&self) -> bool {
-        let lives = self.members_in().map(|(host, m)| (host, m.incarnation));
+    pub fn is_admitted(&self, heard: impl Fn(HostId, Incarnation) -> bool) -> bool {
+        let lives = self.to_admit(heard);
         lives.eq(self.voters.iter().map(|(host, life)| (*host, *life)))
     }
 
-    /// Make the members the voters.
-    pub fn admit(&mut self) {
+    /// Make the members that vote already, or are `heard`, the voters.
+    pub fn admit(&mut self, heard: impl Fn(HostId, Incarnation) -> bool) {
+        self.voters = self.to_admit(heard).collect();
+    }
+
+    fn to_admit(
+        &self,
+        heard: impl Fn(HostId, Incarnation) -> bool,
+    ) -> impl Iterator<Item = (HostId, Incarnation)> {
         let lives = self.members_in().map(|(host, m)| (host, m.incarnation));
-        self.voters = lives.collect();
+        lives.filter(move |(host, life)| self.is_voter(*host, *life) || heard(*host, *life))
     }
 
     /// Name of a host, for people.
@@ -378,7 +392,7 @@ mod tests {
     #[test]
     fn voters_whose_lives_are_over_make_no_majority() {
         let mut state = PoolState::default();
-        assert!(state.is_orphaned() && state.is_admitted());
+        assert!(state.is_orphaned() && state.is_admitted(|_, _| true));
         for n in 0..3 {
             let member = Member {
                 name: HostName::new(format!("h{n}")).unwrap(),
@@ -390,13 +404,13 @@ mod tests {
             };
             state.members.insert(HostId(n), member);
         }
-        assert!(!state.is_admitted());
-        state.admit();
-        assert!(state.is_admitted() && !state.is_orphaned());
+        assert!(!state.is_admitted(|_, _| true));
+        state.admit(|_, _| true);
+        assert!(state.is_admitted(|_, _| true) && !state.is_orphaned());
         // One that is given up may still live; one that began a new life does not in the old one.
         state.become_standing(HostId(0), Standing::Ousted);
         state.members.get_mut(&HostId(1)).unwrap().incarnation = Incarnation(2);
-        assert!(!state.is_orphaned() && !state.is_admitted());
+        assert!(!state.is_orphaned() && !state.is_admitted(|_, _| true));
         assert!(state.is_voter(HostId(1), Incarnation(1)));
         state.become_standing(HostId(0), Standing::Dead(Proof::PowerOff));
         assert!(state.is_orphaned());
@@ -408,7 +422,7 @@ mod tests {
     #[test]
     fn the_other_of_two_is_unbound_until_it_knows_a_newer_version() {
         let mut state = state();
-        state.admit();
+        state.admit(|_, _| true);
         let (a, b) = ((HostId(0), Incarnation(1)), (HostId(1), Incarnation(1)));
         let unbound = |state: &PoolState| state.members[&HostId(1)].unbound;
         // A life that does not vote promised nothing that matters.

@@ -55,6 +55,21 @@ impl Timing {
         Millis(self.period.0 * 2)
     }
 
+    /// How long the side whose standbys and VMs matter less lets the other be first, if there is
+    /// no path between them at all: both hear each other last, and look next, within a period of
+    /// one another, and the other may have to become the coordinator first.
+    #[must_use]
+    pub const fn yielding(&self) -> Millis {
+        Millis(self.period.0 * 19 / 10)
+    }
+
+    /// How long a host that was given up, and that no member says it hears, waits before it joins all
+    /// the same: the members may all have died since. If they live they give it up again.
+    #[must_use]
+    pub const fn stranded(&self) -> Millis {
+        Millis(12 * self.lease.0)
+    }
+
     /// For so long the registry has not been read when a host begins to promise; see
     /// [`super::pact`]. Longer than etcd needs to choose another leader, with a call that finds
     /// none, for a promise delays decisions once the registry is back.
@@ -137,6 +152,8 @@ const _: () = {
     // Heard last just before it died, judged at the next tick, two turns at the registry.
     assert!(t.storage_lost.0 + 3 * t.period.0 + waits <= 15_000);
     assert!(t.network_lost.0 >= 4 * t.period.0);
+    // Without a path through storage, and on the side that matters less.
+    assert!(t.network_lost.0 + t.yielding().0 + 2 * t.period.0 + waits <= 15_000);
 };
 
 #[cfg(test)]

@@ -188,11 +188,18 @@ impl Machine {
     /// Whether this host may give others up, and admit who joined.
     #[must_use]
     pub fn may_give_up(&self) -> bool {
+        self.is_seen() && !self.pact.binds() || sabotaged(Bug::JoinerDecides)
+    }
+
+    /// Whether it votes, a voter has seen it join, or no voters are left that could, as the state
+    /// shows or a person has said.
+    pub(super) fn is_seen(&self) -> bool {
         let (me, life) = (self.config.me, self.config.incarnation);
-        let may = |state: &Versioned<PoolState>| {
-            self.seen || state.value.is_voter(me, life) || state.value.is_orphaned()
+        let seen = |state: &Versioned<PoolState>| {
+            let over = |host, life| self.pact.is_declared(host, life);
+            let state = &state.value;
+            self.seen || state.is_voter(me, life) || state.is_orphaned_without(over)
         };
-        let joiner = sabotaged(Bug::JoinerDecides);
-        self.state.as_ref().is_some_and(may) && !self.pact.binds() || joiner
+        self.state.as_ref().is_some_and(seen)
     }
 }

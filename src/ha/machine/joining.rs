@@ -6,6 +6,7 @@ use crate::ha::liveset::{Verdict, judge};
 use crate::ha::sabotage::{Bug, sabotaged};
 use crate::ha::state::{Member, PoolState, Proof, Standing};
 use crate::ha::time::Millis;
+use crate::pool::HostId;
 
 impl Machine {
     pub(super) fn found_pool(&mut self, now: Millis, actions: &mut Vec<Action>) {
@@ -14,7 +15,7 @@ impl Machine {
         }
         let mut state = PoolState::default();
         self.enter(&mut state);
-        state.admit();
+        state.admit(|_, _| true);
         deciding::take_over(&mut state, &self.config, "it is the pool's first host");
         self.write(now, state, actions);
     }
@@ -48,13 +49,53 @@ impl Machine {
             &self.contacts.report_ages(now),
         );
         let stays = verdicts.get(&self.config.me) == Some(&Verdict::Stays);
-        if !stays || !self.contacts.may_judge(now) || self.is_before_me(&state.value, now) {
+        let listens = !self.contacts.may_judge(now);
+        if !stays || listens || self.is_before_me(&state.value, now) {
+            return;
+        }
+        if self.is_stranded(now) {
+            if !std::mem::replace(&mut self.told_stranded, true) {
+                actions.push(Action::Alert(format!(
+                    "no member of the pool says that it hears this host, and they would give it up again: it joins once one does, or after {}; look at its networks",
+                    self.config.timing.stranded()
+                )));
+            }
             return;
         }
         if next.is_orphaned() {
-            next.admit();
+            next.admit(|_, _| true);
         }
         self.write(now, next, actions);
+    }
+
+    /// Whether members would give this host up as soon as it has joined: there are some, none says
+    /// that it hears this life, and one of them gave up its former one, or it is new.
+    fn is_stranded(&self, now: Millis) -> bool {
+        let Some(state) = &self.state else {
+            return false;
+        };
+        let me = self.config.me;
+        let former = state.value.members.get(&me);
+        let given_up = former
+            .is_none_or(|former| matches!(former.standing, Standing::Ousted | Standing::Dead(_)));
+        if !given_up || now.since(self.born) >= self.config.timing.stranded() {
+            return false;
+        }
+        let newest = |host| self.contacts.get(host).map(|contact| &contact.report);
+        let others = state.value.members_in().filter(|(host, member)| {
+            let known = newest(*host).map(|report| report.incarnation);
+            *host != me && known.is_none_or(|known| known <= member.incarnation)
+        });
+        let hears_me = |host: HostId, life| {
+            let heard = newest(host).filter(|report| report.incarnation == life);
+            let heard = heard.and_then(|report| report.heard.get(&me));
+            heard.is_some_and(|heard| heard.incarnation == self.config.incarnation)
+                && self.contacts.is_heard(host, life, now)
+        };
+        let mut heard = others.map(|(host, member)| hears_me(host, member.incarnation));
+        heard
+            .next()
+            .is_some_and(|first| !first && !heard.any(|heard| heard))
     }
 
     /// Whether a host of a lower number is about to join as well: of many that begin together one

@@ -542,6 +542,95 @@ fn of_two_hosts_whose_link_is_cut_the_one_that_reaches_the_gateway_stays() {
     }
 }
 
+/// Hosts with no path through storage, that all reach the registry.
+fn without_storage(hosts: usize) -> World {
+    let mut world = World::new(hosts);
+    for host in &mut world.hosts {
+        host.disk = false;
+    }
+    world.run(15_000);
+    world
+}
+
+#[test]
+fn of_two_with_no_path_between_them_the_one_whose_vms_matter_more_stays() {
+    for (weights, lags, stays) in [
+        ([1, 9], [None, None], 1),
+        ([9, 1], [None, None], 0),
+        ([1, 1], [None, None], 0),
+        ([9, 1], [None, Some(Millis(10))], 1),
+        ([1, 9], [Some(Millis(10)), Some(Millis(3000))], 0),
+        // Less than a period is no difference.
+        ([1, 9], [Some(Millis(10)), Some(Millis(300))], 1),
+    ] {
+        let mut world = without_storage(2);
+        for n in 0..2 {
+            (world.hosts[n].weight, world.hosts[n].standby_lag) = (weights[n], lags[n]);
+        }
+        world.run(2_000);
+        world.cut(0, 1, false);
+        world.run(8_000);
+        assert_eq!(world.members(), [stays], "{weights:?} {lags:?}");
+    }
+}
+
+#[test]
+fn one_that_was_given_up_and_is_not_heard_waits_before_it_joins_again() {
+    let mut world = without_storage(2);
+    world.cut(0, 1, false);
+    world.until("one is given up", 6_000, |w| {
+        w.state().members_in().count() == 1
+    });
+    world.run(10_000);
+    let (term, decisions) = (world.state().term, world.state().next_decision);
+    assert_eq!(world.members(), [0]);
+    let told = |alert: &&String| alert.starts_with("no member of the pool says");
+    assert_eq!(world.alerts.iter().filter(told).count(), 1);
+    world.run(40_000);
+    assert_eq!(
+        (world.state().term, world.state().next_decision),
+        (term, decisions)
+    );
+    // Once it is heard it does not wait.
+    world.cut(0, 1, true);
+    world.until("both are members", 8_000, |w| w.members() == [0, 1]);
+
+    // The other may have died since: then it goes on alone.
+    world.cut(0, 1, false);
+    world.until("one is given up", 6_000, |w| {
+        w.state().members_in().count() == 1
+    });
+    world.run(10_000);
+    world.crash(0);
+    world.until("it is a member", 70_000, |w| w.members() == [1]);
+    // The other may be going on without the registry: only a person's word is enough.
+    world.run(20_000);
+    assert!(world.may_restart.iter().all(|(_, host, ..)| *host != 0));
+    let incarnation = Incarnation(world.hosts[0].life);
+    let host = HostId(0);
+    world.feed(1, Input::Declared { host, incarnation });
+    world.until("the VMs of the other may restart", 3_000, |w| {
+        w.may_restart.iter().any(|(_, host, ..)| *host == 0)
+    });
+}
+
+#[test]
+fn one_that_comes_back_without_being_heard_takes_no_coordination_away() {
+    let mut world = without_storage(2);
+    world.crash(1);
+    world.cut(0, 1, false);
+    // Its former life is a member yet: it joins, and is given up.
+    world.start(1);
+    let term = world.state().term;
+    world.run(20_000);
+    assert_eq!((world.state().term, world.coordinator()), (term, 0));
+    assert_eq!(world.members(), [0]);
+    assert_eq!(
+        world.state().voters.keys().collect::<Vec<_>>(),
+        [&HostId(0)]
+    );
+}
+
 #[test]
 fn what_is_no_reason_to_go_resets_nobody() {
     type Fault = fn(&mut World);

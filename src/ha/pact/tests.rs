@@ -20,7 +20,7 @@ fn state(n: u8) -> Versioned<PoolState> {
         };
         value.members.insert(HostId(host), member);
     }
-    value.admit();
+    value.admit(|_, _| true);
     Versioned { version: V, value }
 }
 

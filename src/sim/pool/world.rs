@@ -110,6 +110,7 @@ pub(super) struct World {
     pub(super) fence_works: bool,
     pub(super) lost_answers: bool,
     stalls: Option<Millis>,
+    weights: Vec<u32>,
     /// The committed state, as it really is.
     pub(super) committed: Option<PoolState>,
     committed_version: u64,
@@ -154,6 +155,7 @@ impl World {
             fence_works: true,
             lost_answers: false,
             stalls: case.stalls,
+            weights: case.weights.clone(),
             committed: None,
             committed_version: 0,
             queue: BinaryHeap::new(),
@@ -341,7 +343,7 @@ impl World {
         let local = Local {
             gateway_age: host.gateway.then_some(Millis(100)),
             storage_ok: true,
-            weight: 1,
+            weight: self.weights.get(n).copied().unwrap_or(1),
             ..Local::default()
         };
         // Disks that came back let a statefile be taken up again.

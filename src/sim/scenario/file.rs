@@ -58,6 +58,8 @@ pub struct Case {
     pub events: Vec<(Millis, Event, String)>,
     /// Faults besides.
     pub random: Option<Random>,
+    /// Sum of the weights of each host's VMs; 1 where none is said.
+    pub weights: Vec<u32>,
     /// How long it is watched after the last event.
     pub run: Millis,
     /// It is run with no more seeds than this: long cases say so.
@@ -97,6 +99,8 @@ struct RawCase {
     #[serde(default)]
     events: Vec<String>,
     random: Option<RawRandom>,
+    #[serde(default)]
+    weights: Vec<u32>,
     #[serde(default = "default_run")]
     run: String,
     seeds_max: Option<u64>,
@@ -129,7 +133,8 @@ fn default_run() -> String {
     "60 s".into()
 }
 
-const KEYS: [&str; 16] = [
+const KEYS: [&str; 17] = [
+    "weights",
     "seeds_max",
     "about",
     "case",
@@ -254,6 +259,7 @@ impl RawCase {
             stalls: time(self.stalls.as_ref())?,
             events,
             random,
+            weights: self.weights,
             run: duration(&self.run)?,
             seeds_max: self.seeds_max,
             expect,
