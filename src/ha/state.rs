@@ -407,6 +407,15 @@ mod tests {
         assert!(!state.is_admitted(|_, _| true));
         state.admit(|_, _| true);
         assert!(state.is_admitted(|_, _| true) && !state.is_orphaned());
+        // One that joined and is not heard does not vote; one that votes goes on to.
+        let mut joined = state.clone();
+        let member = joined.members[&HostId(0)].clone();
+        joined.members.insert(HostId(9), member);
+        assert!(!joined.is_admitted(|_, _| true) && joined.is_admitted(|_, _| false));
+        joined.admit(|_, _| false);
+        assert_eq!(joined.voters, state.voters);
+        joined.admit(|host, _| host == HostId(9));
+        assert_eq!(joined.voters.len(), 4);
         // One that is given up may still live; one that began a new life does not in the old one.
         state.become_standing(HostId(0), Standing::Ousted);
         state.members.get_mut(&HostId(1)).unwrap().incarnation = Incarnation(2);
