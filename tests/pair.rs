@@ -27,7 +27,10 @@ fn pair(fencing: bool) -> Bed {
         lab: up_linked(spec).unwrap(),
     };
     for name in HOSTS {
-        wait(&bed, name, "a pool of both hosts", all_in);
+        // Both vote: no change of the registry is under way, which a cut could leave in doubt.
+        wait(&bed, name, "a pool of both hosts", |s| {
+            all_in(s) && s.hosts.iter().all(|host| host.votes)
+        });
     }
     bed
 }
