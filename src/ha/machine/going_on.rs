@@ -13,7 +13,7 @@ use crate::registry::Versioned;
 use std::collections::BTreeMap;
 
 impl Machine {
-    /// A voter says that it knows a state in which this host is a member; see [`super::pact`].
+    /// A voter says that it knows a state in which this host is a member; see [`crate::ha::pact`].
     pub(super) fn be_seen(&mut self, report: &Report) {
         let (Some(state), Some(joined)) = (&self.state, self.joined_at) else {
             return;
