@@ -5,6 +5,7 @@ use crate::beat::Reason;
 use crate::beat::namespace::{in_namespace, ip};
 use std::net::UdpSocket;
 use std::sync::atomic::AtomicU8;
+use std::time::Instant;
 
 /// Long: the machine may be busy; what is waited for comes by itself.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -25,6 +26,20 @@ fn spot(plan: u8, host: u8, network: u8) -> SocketAddr {
     let [low, high, ..] = std::process::id().to_le_bytes();
     let port = 20_000 + u16::from(high & 31) * 256 + u16::from(network);
     SocketAddr::from(([127, 20 + plan, low, host + 1], port))
+}
+
+/// Take an address that was just freed. Another test may be starting a process, which holds copies
+/// of all sockets until it has become its program.
+fn bind(address: SocketAddr) -> UdpSocket {
+    let begun = Instant::now();
+    loop {
+        match UdpSocket::bind(address) {
+            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && begun.elapsed() < PATIENCE => {
+                std::thread::yield_now();
+            }
+            bound => return bound.unwrap(),
+        }
+    }
 }
 
 /// Where the hosts of a test are, each on every network.
@@ -217,7 +232,7 @@ fn a_recording_of_a_dead_host_is_not_heard_not_even_after_an_own_restart() {
     until(&mut [&mut a, &mut b], "a heard", |n| n[1].heard("a", 0));
     drop(b);
     // Somebody listens at b's address while it is down: a knows b's life and goes on.
-    let tap = UdpSocket::bind(plan.addr(1, 0)).unwrap();
+    let tap = bind(plan.addr(1, 0));
     tap.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut recording = Vec::new();
     for _ in 0..3 {
@@ -230,7 +245,7 @@ fn a_recording_of_a_dead_host_is_not_heard_not_even_after_an_own_restart() {
     drop((tap, a));
     // a is dead; the recording comes from its very address, over and over.
     let mut b = plan.start(1, 21);
-    let ghost = UdpSocket::bind(plan.addr(0, 0)).unwrap();
+    let ghost = bind(plan.addr(0, 0));
     until(&mut [&mut b], "the recording refused", |nodes| {
         for packet in &recording {
             ghost.send_to(packet, plan.addr(1, 0)).unwrap();
@@ -322,7 +337,8 @@ fn hosts_networks_and_keys_change_while_it_runs() {
     until(&mut [&mut a, &mut b, &mut c], "b counts on", |nodes| {
         nodes[1].path("a", 0).sent > sent
     });
-    UdpSocket::bind(plan.addr(0, 1)).expect("a network that is gone frees its address");
+    // A network that is gone frees its address.
+    drop(bind(plan.addr(0, 1)));
     // The key changes, step by step on one host after the other.
     let mut keys = plan.keys.clone();
     keys.begin().unwrap();
