@@ -399,7 +399,12 @@ fn coordinate(
     let mut decided = Decided::default();
     for ((host, incarnation), ousting) in &mut oustings.lives {
         let now = ousting.ask_from.is_some_and(|from| from <= view.now);
-        if view.config.power_fencing && now && ousting.proof.is_none() {
+        // Its next life would be hit, which says itself that this one is over, once it has joined.
+        let reborn = view.contacts.get(*host).is_some_and(|contact| {
+            let life = contact.report.incarnation;
+            life > *incarnation && view.contacts.is_heard(*host, life, view.now)
+        });
+        if view.config.power_fencing && now && ousting.proof.is_none() && !reborn {
             ousting.ask_from = None;
             decided.fence.push((*host, *incarnation));
         }

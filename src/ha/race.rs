@@ -3,11 +3,11 @@
 //! Either may, by what [`super::pact`] says of two. If both live and the link between them is cut
 //! the better side should be first: one that reaches the registry, then one that reaches
 //! the gateway, then the one whose standbys and VMs matter more, which both reckon from what
-//! they last said to each other. Who is worse waits longer by steps of [`Timing::hesitation`],
+//! they last said to each other. Who is worse waits longer by steps of [`Timing::race_step`],
 //! in which a fence agent cuts power. Nothing but comfort depends on it: if both are switched
 //! off, nothing runs twice.
 //!
-//! [`Timing::hesitation`]: super::timing::Timing::hesitation
+//! [`Timing::race_step`]: super::timing::Timing::race_step
 
 use super::deciding::FENCE_AGAIN;
 use super::time::Millis;

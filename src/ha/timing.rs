@@ -91,6 +91,14 @@ impl Timing {
         Millis(6 * self.lease.0)
     }
 
+    /// By so much longer the worse of two hosts waits before it switches the other off, for each
+    /// thing that it lacks: they notice the other's silence up to a second apart, and an agent
+    /// takes a moment to cut power.
+    #[must_use]
+    pub const fn race_step(&self) -> Millis {
+        Millis(6 * self.period.0)
+    }
+
     /// What `length` on another host's clock is here at the least.
     #[must_use]
     pub const fn at_least(&self, length: Millis) -> Millis {

@@ -158,7 +158,7 @@ impl Machine {
                 .get(&other)
                 .is_none_or(|theirs| mine.matters_more_than(theirs)),
         };
-        if self.race.shoots(now, side.waits(timing.hesitation)) {
+        if self.race.shoots(now, side.waits(timing.race_step())) {
             actions.push(Action::Fence {
                 host: other,
                 incarnation: life,

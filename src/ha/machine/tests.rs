@@ -334,10 +334,7 @@ impl World {
                     panic!("nothing to fence with");
                 };
                 if self.fence_works {
-                    let target = usize::from(host.0);
-                    if self.hosts[target].life == incarnation.0 {
-                        self.crash(target);
-                    }
+                    self.crash(usize::from(host.0));
                 }
                 let done = Input::Fenced {
                     host,
@@ -518,6 +515,25 @@ fn a_next_life_that_is_heard_proves_the_former_one_dead_before_it_can_join() {
     world.until("may restart", 5_000, |w| !w.may_restart.is_empty());
     assert_eq!((world.may_restart[0].1, world.may_restart[0].2), (1, 1));
     assert!(!world.state().is_in(HostId(1), Incarnation(2)));
+}
+
+#[test]
+fn a_host_that_boots_is_not_switched_off_for_its_former_life() {
+    let mut world = World::formed(3).fenced(200);
+    // It promised as one of two once: that its former life is over counts once it has joined.
+    world.hosts[2].promised = Some(Incarnation(1));
+    world.fence_works = false;
+    world.crash(2);
+    world.until("it is given up", 5_000, |w| {
+        w.state().members[&HostId(2)].standing == Standing::Ousted
+    });
+    // Its agent is asked again 10 s after it failed, before the host has listened and joined.
+    world.run(8_000);
+    world.start(2);
+    world.run(1_500);
+    world.fence_works = true;
+    world.until("it is a member", 15_000, |w| w.members() == [0, 1, 2]);
+    assert_eq!(world.hosts[2].life, 2);
 }
 
 #[test]
