@@ -7,8 +7,7 @@
 //!   from when the read *began*;
 //! - **a vouch**: a member's report says which of this host's reports it had heard before a
 //!   registry read of its own began that showed this host as a member: good for one lease time
-//!   from when this host *sent* that report.
-//!
+//!   from when this host *sent* that report;
 //! - **a promise** of the one other host that may act: [`super::pact`] tells how.
 //!
 //! So a host that lost the registry goes on as long as any other tells that it is still a

@@ -521,7 +521,7 @@ impl<'a> Life<'a> {
         }
         let coordinator = state.coordinator.map(|c| c.host);
         if coordinator != Some(self.setup.id)
-            && (coordinator != Some(host) || state.members.len() > 2)
+            && (coordinator != Some(host) || state.may_act().count() > 2)
         {
             let who = coordinator.map_or_else(|| "nobody".into(), |host| self.name(host));
             return Err(format!(

@@ -18,10 +18,14 @@ impl Notes {
             .spawn(move || {
                 for promised in inbox {
                     let saved = save_promised(&state_dir, promised);
-                    if let Err(e) = &saved {
-                        tracing::error!(
+                    match &saved {
+                        Err(e) if promised.is_some() => tracing::error!(
                             "{e}; this host promises nothing, and its partner cannot go on without the registry once this host has died"
-                        );
+                        ),
+                        // It is removed with the next promise that is over; until then it costs
+                        // the proof by a watchdog.
+                        Err(e) => tracing::warn!("{e}"),
+                        Ok(()) => {}
                     }
                     if promised.is_some() && tell.send(Event::Remembered(saved.is_ok())).is_err() {
                         return;
